@@ -1,0 +1,340 @@
+"""The whole configuration: one tree of frozen dataclasses, the only place where a default lives.
+
+In: a recipe (YAML) and `key=value` overrides. Out: a checked `Config`, or a `ConfigError` whose lines
+name key, value and remedy. Imports no torch, so that a login node answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from resnet_dist.models.names import model_names
+
+_STRICT = ConfigDict(extra="forbid", frozen=True)
+section = dataclass(config=_STRICT, frozen=True, kw_only=True)
+
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
+
+
+class ConfigError(ValueError):
+    """A user's mistake; each line of the message names a key, its value and the remedy."""
+
+
+@section
+class DataConfig:
+    path: str | None = None  # data set directory that `resnet-dist convert` wrote
+    threads: Count | None = None  # decoding threads of one rank; None: the cores it may use
+    prefetch: Count = 3  # batches prepared ahead of the step
+    # "page" checks every sample's recorded hash as it is read; "open" checks structure only.
+    verify: Literal["open", "page"] = "page"
+    stage_dir: str | None = None  # node-local scratch to copy the shards to first
+
+
+@section
+class AugmentConfig:
+    # scale_crop: He et al. 2015, sec. 3.4; pad_crop: ibid. sec. 4.2;
+    # random_resized_crop: Szegedy et al. 2014, sec. 6; resize: no augmentation.
+    name: Literal["scale_crop", "random_resized_crop", "pad_crop", "resize"] = "scale_crop"
+    size: Count = 224  # pixels, square crop that the network sees
+    flip: bool = True
+    min_side: Count = 256  # scale_crop: shorter side is drawn from [min_side, max_side]
+    max_side: Count = 480
+    scale: tuple[Positive, Positive] = (0.08, 1.0)  # random_resized_crop: area fraction
+    ratio: tuple[Positive, Positive] = (0.75, 4 / 3)  # random_resized_crop: width / height
+    pad: Natural = 4  # pad_crop: pixels on every side
+    pca: NonNegative = 0.0  # standard deviation of the PCA colour draw; He et al. 2015: 0.1
+    # channel: (x - mean) / std per channel; mean: x - mean per channel;
+    # pixel: x - mean image (small images of one size only).
+    normalize: Literal["channel", "mean", "pixel"] = "channel"
+
+
+@section
+class ModelConfig:
+    name: str = "resnet50"
+    shortcut: Literal["A", "B", "C"] | None = None  # None: the family's own
+    init: Literal["he_fan_out", "he_fan_in", "torch"] = "he_fan_out"
+    zero_init_last_bn: bool = False
+    bn_momentum: Fraction = 0.1
+    bn_eps: Positive = 1e-5
+    checkpointing: bool = False  # recompute activations in the backward pass
+
+
+@section
+class OptimizerConfig:
+    name: Literal["sgd"] = "sgd"
+    lr: Positive = 0.1
+    momentum: Fraction = 0.9
+    nesterov: bool = False
+    weight_decay: NonNegative = 1e-4
+    decay: Literal["all", "weights"] = "all"  # "weights": not biases, not BatchNorm
+
+
+@section
+class ScheduleConfig:
+    name: Literal["milestones", "cosine", "constant"] = "milestones"
+    milestones: tuple[Natural, ...] = ()  # steps at which the rate is multiplied by `factor`
+    factor: Positive = 0.1
+    warmup_steps: Natural = 0  # linear from lr * warmup_start
+    warmup_start: NonNegative = 0.0
+
+
+@section
+class CheckpointConfig:
+    every_steps: Count = 1000
+    keep_last: Count = 3
+
+
+@section
+class EvalConfig:
+    every_steps: Count = 5000
+    split: str = "val"
+    resize: Count | None = 256  # shorter side before the centre crop; None: the image as it is
+    size: Count = 224
+    batch_size: Count = 100  # images of one rank in one forward
+
+
+@section
+class LogConfig:
+    every_steps: Count = 20
+
+
+@section
+class LaunchConfig:
+    nodes: Count = 1
+    ranks_per_node: Count = 1
+    cpus_per_rank: Count | None = None  # None: the machine's cores divided by its ranks
+    gpus_per_rank: Natural | None = None  # None: 1 where `device` is cuda, else 0
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    mem_gb: Positive | None = None
+    time_minutes: Count = 24 * 60
+    grace_s: Count = 60  # SIGUSR2 arrives this long before the time limit
+    setup: tuple[str, ...] = ()  # shell lines run on the node before the job
+    max_restarts: Natural = 3  # restarts without progress before a job gives up
+    hang_s: Positive = 600.0  # a rank without a step for so long is ended and restarted
+
+
+@section
+class Config:
+    name: str | None = None  # run name; None: the recipe's file name
+    runs: str = "runs"  # folder that holds the run directories
+    seed: Natural = 0
+    steps: Count = 600_000  # optimizer steps in all
+    batch_size: Count = 256  # images in a global batch, whatever the world
+    bn_batch: Count | None = 32  # images one BatchNorm normalises over; None: a rank's micro-batch
+    micro_batch: Count | None = None  # images of one forward of one rank; None: all it has
+    mode: Literal["fast", "exact"] = "fast"
+    engine: Literal["ddp", "deepspeed"] = "ddp"
+    precision: Literal["bf16", "fp32"] = "bf16"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    # Intra-op CPU threads of a rank. None: its cores in fast mode, 1 in exact mode, where the
+    # count is part of the run because oneDNN's reductions depend on it.
+    threads: Count | None = None
+    data: DataConfig = Field(default_factory=DataConfig)
+    augment: AugmentConfig = Field(default_factory=AugmentConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    log: LogConfig = Field(default_factory=LogConfig)
+    launch: LaunchConfig = Field(default_factory=LaunchConfig)
+
+    @property
+    def world(self) -> int:
+        return self.launch.nodes * self.launch.ranks_per_node
+
+
+# `data=PATH` means `data.path=PATH`: the field a section is known by.
+LEADING_FIELD = {"data": "path", "augment": "name", "model": "name", "optimizer": "name",
+                 "schedule": "name"}
+
+_ADAPTER: TypeAdapter[Config] = TypeAdapter(Config)
+
+
+def load_config(recipe: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a recipe, lay `key=value` overrides over it, and check the result.
+
+    Raises: ConfigError, naming every wrong key with its value and the remedy.
+    """
+    recipe = Path(recipe)
+    try:
+        loaded = OmegaConf.load(recipe)
+    except FileNotFoundError:
+        raise ConfigError(f"CONFIG = {recipe}: no such file; configs/ holds the recipes") from None
+    except IsADirectoryError:
+        raise ConfigError(f"CONFIG = {recipe}: is a directory; name a .yaml file") from None
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"CONFIG = {recipe}: not valid YAML ({reason})") from None
+    values = OmegaConf.to_container(loaded, resolve=False) or {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"CONFIG = {recipe}: expected `key: value` lines at the top level")
+    merged = OmegaConf.merge(_expand(values), _expand(parse_overrides(overrides)))
+    tree = OmegaConf.to_container(merged, resolve=False)
+    assert isinstance(tree, dict)
+    tree.setdefault("name", re.sub(r"[^A-Za-z0-9_-]", "_", recipe.stem))
+    return config_from_dict(tree)
+
+
+def parse_overrides(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
+    """`["a.b=1"]` -> `{"a": {"b": 1}}`. Raises: ConfigError where an item is not `key=value`."""
+    for item in overrides:
+        if not re.fullmatch(r"[A-Za-z_][\w.]*=.*", item, re.DOTALL):
+            raise ConfigError(f"override = {item!r}: write it as key=value, e.g. steps=1000")
+    try:
+        tree = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"overrides = {list(overrides)}: {reason}") from None
+    assert isinstance(tree, dict)
+    return tree
+
+
+def config_from_dict(values: dict[str, Any]) -> Config:
+    """Check a plain tree. Raises: ConfigError with one line a problem."""
+    try:
+        config = _ADAPTER.validate_json(json.dumps(_expand(values)), strict=True)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(problem) for problem in error.errors())) from None
+    except TypeError as error:
+        raise ConfigError(f"config: holds a value that is not plain data ({error})") from None
+    validate(config)
+    return config
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """The resolved tree as plain data; `config_from_dict` reads it back."""
+    tree: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return tree
+
+
+def dump_config(config: Config) -> str:
+    return yaml.safe_dump(config_to_dict(config), sort_keys=False, width=100)
+
+
+def validate(config: Config) -> None:
+    """Rules that join several fields. Raises: ConfigError with one line a broken rule."""
+    problems = []
+
+    def refuse(key: str, value: object, remedy: str) -> None:
+        problems.append(f"{key} = {value}: {remedy}")
+
+    if config.name is None or not NAME_PATTERN.fullmatch(config.name):
+        refuse("name", config.name, "use letters, digits, '_' and '-' (at most 100)")
+    if config.model.name not in model_names():
+        near = _nearest(config.model.name, model_names())
+        refuse("model.name", config.model.name, f"no such model{near}")
+    batch, bn, world = config.batch_size, config.bn_batch, config.world
+    if bn is not None and batch % bn:
+        refuse("bn_batch", bn, f"must divide batch_size = {batch}; {_divisors(batch, bn)}")
+    else:
+        problems += world_problems(config, world)
+    if config.mode == "exact" and bn is None:
+        refuse("bn_batch", bn, "exact mode needs it: the group is what ranks share; try 32")
+    if config.mode == "exact" and config.engine == "deepspeed":
+        refuse("engine", config.engine, "exact mode sums gradients itself; use engine=ddp")
+    if config.mode == "exact" and config.micro_batch is not None:
+        refuse("micro_batch", config.micro_batch, "exact mode runs one bn_batch at a time; drop it")
+    augment = config.augment
+    if augment.min_side > augment.max_side:
+        refuse("augment.min_side", augment.min_side,
+               f"must not exceed augment.max_side = {augment.max_side}")
+    if augment.name == "scale_crop" and augment.size > augment.min_side:
+        refuse("augment.size", augment.size,
+               f"must not exceed augment.min_side = {augment.min_side} with scale_crop")
+    for key in ("scale", "ratio"):
+        low, high = getattr(augment, key)
+        if low > high:
+            refuse(f"augment.{key}", [low, high], "write the smaller number first")
+    if augment.scale[1] > 1:
+        refuse("augment.scale", list(augment.scale), "is a fraction of the area: at most 1")
+    if config.eval.resize is not None and config.eval.size > config.eval.resize:
+        refuse("eval.size", config.eval.size,
+               f"must not exceed eval.resize = {config.eval.resize}")
+    if list(config.schedule.milestones) != sorted(set(config.schedule.milestones)):
+        refuse("schedule.milestones", list(config.schedule.milestones), "must increase strictly")
+    if config.schedule.warmup_steps >= config.steps:
+        refuse("schedule.warmup_steps", config.schedule.warmup_steps,
+               f"must be below steps = {config.steps}")
+    if config.launch.grace_s >= config.launch.time_minutes * 60:
+        refuse("launch.grace_s", config.launch.grace_s,
+               f"must be below the time limit of {config.launch.time_minutes} minutes")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def world_problems(config: Config, world: int) -> list[str]:
+    """Why `world` ranks cannot share this run's batch; empty when they can (promise 1)."""
+    batch, bn, micro = config.batch_size, config.bn_batch, config.micro_batch
+    atom = bn or 1
+    what = "batch_size" if bn is None else "batch_size / bn_batch"
+    shares = batch // atom
+    if shares % world:
+        return [f"launch.nodes x launch.ranks_per_node = {world}: must divide {what} = {shares}; "
+                f"{_divisors(shares, world)}"]
+    if config.mode == "exact" and world & (world - 1):
+        return [f"launch.nodes x launch.ranks_per_node = {world}: exact mode sums along a binary "
+                f"tree and needs a power of two; try {1 << (world.bit_length() - 1)}"]
+    local = batch // world
+    if micro is not None and (local % micro or micro % atom):
+        return [f"micro_batch = {micro}: must divide a rank's {local} images"
+                + (f" and be a multiple of bn_batch = {bn}" if bn else "")
+                + f"; {_divisors(local, micro, atom)}"]
+    return []
+
+
+def _divisors(total: int, near: int, multiple_of: int = 1) -> str:
+    fitting = [d for d in range(1, total + 1) if total % d == 0 and d % multiple_of == 0]
+    closest = sorted(sorted(fitting, key=lambda d: abs(d - near))[:4])
+    return "try " + ", ".join(map(str, closest))
+
+
+def _nearest(word: str, valid: tuple[str, ...] | list[str]) -> str:
+    close = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(sorted(valid))}"
+
+
+def _expand(tree: dict[str, Any]) -> dict[str, Any]:
+    """Turn `data: PATH` into `data: {path: PATH}`, for every section with a leading field."""
+    return {key: {LEADING_FIELD[key]: value}
+            if key in LEADING_FIELD and isinstance(value, str) else value
+            for key, value in tree.items()}
+
+
+def _explain(problem: Any) -> str:
+    location = [str(part) for part in problem["loc"]]
+    key, value = ".".join(location), problem["input"]
+    if problem["type"] == "unexpected_keyword_argument":
+        owner: Any = Config
+        for part in location[:-1]:
+            owner = {f.name: f.default_factory for f in dataclasses.fields(owner)}[part]
+        valid = [f.name for f in dataclasses.fields(owner)]
+        near = _nearest(location[-1], valid)
+        return f"{key} = {_short(value)}: unknown key{near}"
+    message = problem["msg"].removeprefix("Input ")
+    return f"{key} = {_short(value)}: {message}"
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value) if not isinstance(value, str) else value
+    return text if len(text) <= 60 else text[:57] + "..."

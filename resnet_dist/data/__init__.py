@@ -1,0 +1,1 @@
+"""Data: from a data set directory to the exact batch of a step. Determinism lives here."""

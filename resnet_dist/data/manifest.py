@@ -1,0 +1,102 @@
+"""`dataset.json`, the commit marker of a data set directory, as typed objects.
+
+`data_prep` writes it last; the reader, `submit` and `verify` trust nothing that it does not name.
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from resnet_dist.config import ConfigError
+from resnet_dist.paths import DatasetPaths
+
+FORMAT_VERSION = 1
+
+record = dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+RelativeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+/shard-\d{5}\.beton$")]
+
+
+@record
+class Shard:
+    file: RelativeName  # relative to the data set directory
+    samples: Annotated[int, Field(ge=1)]
+    bytes: Annotated[int, Field(ge=1)]
+    sha256: Sha256
+
+
+@record
+class Split:
+    samples: Annotated[int, Field(ge=0)]
+    shards: tuple[Shard, ...]
+
+
+@record
+class Manifest:
+    format_version: int
+    name: str
+    classes: tuple[str, ...]  # label i is classes[i]
+    splits: dict[str, Split]
+    encoding: dict[str, Any]  # how images were stored; see data_prep/convert.py
+    mean: tuple[float, float, float]  # RGB in [0, 1], over the training split
+    std: tuple[float, float, float]
+    image_size: tuple[int, int] | None  # (height, width) where all images share one
+    pixel_mean_sha256: Sha256 | None  # of pixel_mean.npy, where image_size is small
+    source: dict[str, Any]  # kind, fingerprint
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+
+_ADAPTER: TypeAdapter[Manifest] = TypeAdapter(Manifest)
+
+
+def load_manifest(root: Path | str) -> Manifest:
+    """Read and check `root/dataset.json`.
+
+    Raises: ConfigError where the directory is missing, unfinished, or of another format.
+    """
+    paths = DatasetPaths(Path(root))
+    if not paths.root.is_dir():
+        raise ConfigError(f"data.path = {root}: no such directory; "
+                          f"`resnet-dist convert SOURCE {root}` makes it")
+    try:
+        text = paths.manifest.read_bytes()
+    except FileNotFoundError:
+        raise ConfigError(f"data.path = {root}: has no dataset.json, so its conversion did not "
+                          "finish; run the same `resnet-dist convert` again") from None
+    try:
+        version = json.loads(text).get("format_version")
+        if version != FORMAT_VERSION:
+            raise ConfigError(f"data.path = {root}: format version {version}, this program reads "
+                              f"{FORMAT_VERSION}; convert again")
+        manifest = _ADAPTER.validate_json(text, strict=True)
+    except (ValidationError, ValueError, AttributeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"data.path = {root}: dataset.json is damaged ({reason}); "
+                          "convert again") from None
+    for name, split in manifest.splits.items():
+        if split.samples != sum(shard.samples for shard in split.shards):
+            raise ConfigError(f"data.path = {root}: dataset.json is damaged (split {name!r} "
+                              "does not add up); convert again")
+    return manifest
+
+
+def dump_manifest(manifest: Manifest) -> str:
+    """Canonical text: the same manifest gives the same bytes."""
+    return json.dumps(_ADAPTER.dump_python(manifest, mode="json"), indent=1, sort_keys=True) + "\n"
+
+
+def manifest_fingerprint(manifest: Manifest) -> str:
+    """SHA-256 of the canonical text; recorded with a run, so that a swapped data set is noticed."""
+    return hashlib.sha256(dump_manifest(manifest).encode()).hexdigest()
