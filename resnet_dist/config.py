@@ -232,6 +232,16 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config_to_dict(config), sort_keys=False, width=100)
 
 
+def load_frozen(path: Path) -> Config:
+    """A run's own configuration. Raises: ConfigError where `path` is not one."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(f"RUN = {path.parent}: not a run directory (no {path.name}); "
+                          "`resnet-dist status` lists the runs") from None
+    return config_from_dict(yaml.safe_load(text))
+
+
 def validate(config: Config) -> None:
     """Rules that join several fields. Raises: ConfigError with one line a broken rule."""
     problems = []

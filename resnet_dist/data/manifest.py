@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from resnet_dist.config import ConfigError
+from resnet_dist.config import Config, ConfigError
 from resnet_dist.paths import DatasetPaths
 
 FORMAT_VERSION = 1
@@ -100,3 +100,31 @@ def dump_manifest(manifest: Manifest) -> str:
 def manifest_fingerprint(manifest: Manifest) -> str:
     """SHA-256 of the canonical text; recorded with a run, so that a swapped data set is noticed."""
     return hashlib.sha256(dump_manifest(manifest).encode()).hexdigest()
+
+
+def check_dataset(config: Config) -> Manifest:
+    """The manifest of `data.path`, once it is known to fit the configuration.
+
+    Raises: ConfigError naming key, value and remedy.
+    """
+    if config.data.path is None:
+        raise ConfigError("data.path = null: name a data set directory, e.g. data=data/imagenet")
+    manifest = load_manifest(config.data.path)
+    if "train" not in manifest.splits or not manifest.splits["train"].samples:
+        raise ConfigError(f"data.path = {config.data.path}: has no split 'train'; convert it again")
+    if config.eval.split not in manifest.splits:
+        raise ConfigError(f"eval.split = {config.eval.split}: not in {config.data.path}, which has "
+                          f"{', '.join(sorted(manifest.splits))}; pick one of them")
+    paths = DatasetPaths(Path(config.data.path))
+    if config.augment.normalize == "pixel" and not paths.pixel_mean.exists():
+        raise ConfigError(f"augment.normalize = pixel: {config.data.path} has images of several "
+                          "sizes and so no mean image; use augment.normalize=mean")
+    for name in ("train", config.eval.split):
+        for shard in manifest.splits[name].shards:
+            file = paths.root / shard.file
+            size = file.stat().st_size if file.is_file() else None
+            if size != shard.bytes:
+                found = "missing" if size is None else f"{size:,} bytes"
+                raise ConfigError(f"data.path = {config.data.path}: {shard.file} is {found}, "
+                                  f"expected {shard.bytes:,} bytes; copy it again or convert again")
+    return manifest

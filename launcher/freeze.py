@@ -1,0 +1,108 @@
+"""From a checked configuration to a run directory that will not change under a queued job.
+
+In: `Config`. Out: `runs/NAME` with config.yaml and provenance.json, or a `ConfigError` before
+anything expensive starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import getpass
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from resnet_dist.config import NAME_PATTERN, Config, ConfigError, dump_config
+from resnet_dist.data.manifest import Manifest, check_dataset, manifest_fingerprint
+from resnet_dist.paths import RunPaths
+
+_PACKAGES = ("resnet-dist", "torch", "deepspeed", "ffcv", "submitit", "numpy", "numba")
+
+
+def create_run(config: Config) -> RunPaths:
+    """Make and fill the run directory. Raises: ConfigError where the name is taken."""
+    manifest = check_dataset(config)
+    assert config.name is not None
+    assert config.data.path is not None
+    config = dataclasses.replace(
+        config, runs=os.path.abspath(config.runs),
+        data=dataclasses.replace(config.data, path=os.path.abspath(config.data.path)))
+    run = RunPaths(Path(config.runs) / str(config.name))
+    try:
+        run.root.mkdir(parents=True, mode=0o700)
+    except FileExistsError:
+        raise ConfigError(f"name = {config.name}: {run.root} exists; `resnet-dist resume "
+                          f"{config.name}` continues it, name=OTHER starts another") from None
+    except OSError as error:
+        raise ConfigError(f"runs = {config.runs}: cannot be written ({error.strerror}); "
+                          "name another folder with runs=DIR") from None
+    try:
+        for folder in (run.checkpoints, run.logs, run.heartbeats, run.tensorboard):
+            folder.mkdir()
+        _write(run.config, dump_config(config))
+        _write(run.provenance, json.dumps(provenance(manifest), indent=1) + "\n")
+    except BaseException:
+        shutil.rmtree(run.root)
+        raise
+    return run
+
+
+def rewrite_config(run: RunPaths, config: Config) -> None:
+    """Replace a run's configuration atomically (resume with other nodes or more steps)."""
+    _write(run.config, dump_config(config))
+
+
+def find_run(name: str, runs: str = "runs") -> RunPaths:
+    """A run by name (under `runs`) or by path. Raises: ConfigError where it is not there."""
+    by_path = Path(name)
+    path = by_path if by_path.is_dir() or os.sep in name else Path(runs) / name
+    if os.sep not in name and not NAME_PATTERN.fullmatch(name):
+        raise ConfigError(f"RUN = {name}: use letters, digits, '_' and '-'")
+    run = RunPaths(path.absolute())
+    if not run.config.is_file():
+        raise ConfigError(f"RUN = {name}: no run directory at {path}; "
+                          "`resnet-dist status` lists the runs")
+    return run
+
+
+def provenance(manifest: Manifest) -> dict[str, Any]:
+    """Who started what, with which code, on which data."""
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "user": getpass.getuser(),
+        "host": platform.node(),
+        "command": sys.argv,
+        "commit": _git_commit(),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "dataset": {"name": manifest.name, "sha256": manifest_fingerprint(manifest)},
+    }
+
+
+def _git_commit() -> str | None:
+    """Commit of the code that runs, with "+" where the checkout was edited; None outside git."""
+    here = Path(__file__).resolve().parent.parent
+    try:
+        commit = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], check=True,
+                                capture_output=True, text=True, timeout=10).stdout.strip()
+        dirty = subprocess.run(["git", "-C", str(here), "status", "--porcelain", "-uno"],
+                               check=True, capture_output=True, text=True, timeout=10).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+" if dirty.strip() else "")
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
