@@ -215,7 +215,7 @@ def config_from_dict(values: dict[str, Any]) -> Config:
     try:
         config = _ADAPTER.validate_json(json.dumps(_expand(values)), strict=True)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(problem) for problem in error.errors())) from None
+        raise ConfigError(explain(error, Config)) from None
     except TypeError as error:
         raise ConfigError(f"config: holds a value that is not plain data ({error})") from None
     validate(config)
@@ -331,11 +331,16 @@ def _expand(tree: dict[str, Any]) -> dict[str, Any]:
             for key, value in tree.items()}
 
 
-def _explain(problem: Any) -> str:
+def explain(error: ValidationError, root: type) -> str:
+    """One line a problem that pydantic found in a tree of `section`s whose top is `root`."""
+    return "\n".join(_explain(problem, root) for problem in error.errors())
+
+
+def _explain(problem: Any, root: type) -> str:
     location = [str(part) for part in problem["loc"]]
     key, value = ".".join(location), problem["input"]
     if problem["type"] == "unexpected_keyword_argument":
-        owner: Any = Config
+        owner: Any = root
         for part in location[:-1]:
             owner = {f.name: f.default_factory for f in dataclasses.fields(owner)}[part]
         valid = [f.name for f in dataclasses.fields(owner)]
