@@ -1,4 +1,4 @@
-"""The whole configuration: one tree of frozen dataclasses, the only place where a default lives.
+"""The whole configuration: one tree of frozen dataclasses, the only place a default lives.
 
 In: a recipe (YAML) and `key=value` overrides. Out: a checked `Config`, or a `ConfigError` whose lines
 name key, value and remedy. Imports no torch, so that a login node answers at once.
@@ -11,7 +11,7 @@ import difflib
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import yaml
 from omegaconf import OmegaConf
@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass
 
 from resnet_dist.models.names import model_names
 
-_STRICT = ConfigDict(extra="forbid", frozen=True)
+_STRICT = ConfigDict(extra="forbid")
 section = dataclass(config=_STRICT, frozen=True, kw_only=True)
 
 Count = Annotated[int, Field(ge=1)]
@@ -342,7 +342,7 @@ def _explain(problem: Any, root: type) -> str:
     if problem["type"] == "unexpected_keyword_argument":
         owner: Any = root
         for part in location[:-1]:
-            owner = {f.name: f.default_factory for f in dataclasses.fields(owner)}[part]
+            owner = get_type_hints(owner)[part]
         valid = [f.name for f in dataclasses.fields(owner)]
         near = _nearest(location[-1], valid)
         return f"{key} = {_short(value)}: unknown key{near}"

@@ -1,8 +1,8 @@
 """Curves on disk: TensorBoard events and `metrics.jsonl`, written by rank 0 alone.
 
-In: numbers of a step. Out: every step once, whatever was killed. A checkpoint at step s is committed
-only after `flush()` put all lines up to s on disk, and a resume at s drops all that is later; so no
-step can be missing before s or appear twice after it.
+In: numbers of a step. Out: every step once, whatever was killed. A checkpoint at step s is
+committed only after `flush()` put all lines up to s on disk, and a resume at s drops all that is
+later; so no step can be missing before s or appear twice after it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every file name in the system. Imports no torch and touches no disk except where a name says so."""
+"""Every file name in the system. Imports no torch; touches the disk only where a name says so."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class RunPaths:
         return CheckpointPaths(self.checkpoints / f"step_{step:08d}")
 
     def checkpoints_on_disk(self) -> list[CheckpointPaths]:
-        """Directories with a checkpoint's name, newest step first; lists the disk, verifies none."""
+        """Directories with a checkpoint's name, newest step first; verifies none."""
         if not self.checkpoints.is_dir():
             return []
         found = [CheckpointPaths(entry) for entry in self.checkpoints.iterdir()

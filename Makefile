@@ -1,0 +1,31 @@
+# Two commands from nothing:  make quickstart   and   make test
+VENV ?= .venv
+SOURCES := pyproject.toml constraints.txt install.sh setup.py \
+           $(wildcard resnet_dist/data/native/*) $(wildcard data_prep/native/*)
+
+.PHONY: help quickstart test lint clean
+help:
+	@echo 'make quickstart  convert, train, kill, resume, evaluate on real images: a few minutes'
+	@echo 'make test        the whole test suite, real SLURM included where root'
+	@echo 'make lint        ruff and mypy'
+
+quickstart: $(VENV)/.ready
+	$(VENV)/bin/python -m launcher.quickstart
+
+test: $(VENV)/.ready-test lint
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/.ready-test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+$(VENV)/.ready: $(SOURCES)
+	VENV=$(VENV) ./install.sh
+	@touch $@
+
+$(VENV)/.ready-test: $(SOURCES)
+	VENV=$(VENV) ./install.sh --test
+	@touch $@ $(VENV)/.ready
+
+clean:
+	rm -rf $(VENV) build *.egg-info

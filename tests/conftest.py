@@ -1,0 +1,48 @@
+"""Shared by all tests: where the sample images are, and the command as a user calls it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SAMPLES = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def samples() -> Path:
+    """Folder with cifar10-jpeg.tar.gz and imagenet-sample-500.tar, beside the checkout."""
+    if not SAMPLES.is_dir():
+        pytest.skip(f"sample images not found at {SAMPLES}")
+    return SAMPLES
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The handwritten digits, converted once for all tests."""
+    from data_prep.convert import convert, parse_convert_overrides
+
+    dst = tmp_path_factory.mktemp("digits") / "data"
+    convert("digits", dst, parse_convert_overrides([]))
+    return dst
+
+
+Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def cli() -> Cli:
+    """Run `resnet-dist ARGS...` and return the finished process, output as text."""
+    command = Path(sys.executable).with_name("resnet-dist")
+
+    def call(*arguments: str | Path, timeout: float = 120, cwd: Path | None = None,
+             env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([str(command), *map(str, arguments)], capture_output=True, text=True,
+                              timeout=timeout, cwd=cwd, env={**os.environ, **(env or {})})
+
+    return call
