@@ -39,10 +39,9 @@ def _table() -> dict[str, ModelEntry]:
     for depth in (50, 101):
         add(f"seresnet{depth}", "resnet", 224, f"squeeze-and-excitation, {depth} layers")
         add(f"resnet{depth}_blur", "resnet", 224, f"anti-aliased (BlurPool), {depth} layers")
-    for name, width in (("resnext50_32x4d", "32 groups of 4"), ("resnext101_32x4d", "32 groups of 4"),
-                        ("resnext101_32x8d", "32 groups of 8"),
-                        ("resnext101_64x4d", "64 groups of 4")):
-        add(name, "resnet", 224, f"Xie 2017, {width}")
+    for depth, groups, width in ((50, 32, 4), (101, 32, 4), (101, 32, 8), (101, 64, 4)):
+        add(f"resnext{depth}_{groups}x{width}d", "resnet", 224,
+            f"Xie 2017, {depth} layers, {groups} groups of {width}")
     for depth in (50, 101):
         add(f"wide_resnet{depth}_2", "resnet", 224, f"bottlenecks twice as wide, {depth} layers")
     for depth in _CIFAR_DEPTHS:
