@@ -1,0 +1,158 @@
+"""The promises on whole runs: real worker processes over gloo, real kills, real files."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launcher.freeze import create_run, rewrite_config
+from resnet_dist.config import Config, config_from_dict, config_to_dict, load_frozen
+from resnet_dist.metrics import read_lines
+from resnet_dist.paths import RunPaths
+
+STEPS = 30
+
+
+def config_of(digits: Path, tmp_path: Path, name: str, **changes: object) -> Config:
+    return config_from_dict({
+        "name": name, "runs": str(tmp_path), "data": str(digits), "steps": STEPS,
+        "batch_size": 32, "bn_batch": 8, "model": "resnet20", "threads": 1, "device": "cpu",
+        "augment": {"name": "pad_crop", "size": 32, "flip": False},
+        "schedule": {"name": "cosine", "warmup_steps": 5},
+        "checkpoint": {"every_steps": 10, "keep_last": 2}, "log": {"every_steps": 4},
+        "eval": {"every_steps": 1000, "resize": None, "size": 32}, **changes})
+
+
+def start(run: RunPaths, world: int) -> list["subprocess.Popen[bytes]"]:
+    """All ranks of one incarnation, as a launcher starts them."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    run.logs.mkdir(exist_ok=True)
+    ranks = []
+    for rank in range(world):
+        env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+               "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+               "MASTER_PORT": str(port)}
+        with open(run.rank_log(rank), "ab") as log:
+            ranks.append(subprocess.Popen([sys.executable, "-m", "resnet_dist.train", run.root],
+                                          env=env, stdout=log, stderr=log))
+    return ranks
+
+
+def finish(run: RunPaths, world: int) -> None:
+    for process in start(run, world):
+        assert process.wait(timeout=240) == 0, run.rank_log(0).read_text()[-3000:]
+
+
+def reached(run: RunPaths) -> int:
+    try:
+        return int(run.heartbeat(0).read_text().split()[1])
+    except FileNotFoundError:
+        return 0
+
+
+def wait_for_step(run: RunPaths, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while reached(run) < step:
+        assert time.monotonic() < deadline, run.rank_log(0).read_text()[-3000:]
+        time.sleep(0.01)
+
+
+def hashes(run: RunPaths, step: int = STEPS) -> dict[str, str]:
+    """SHA-256 of weights with BatchNorm statistics, optimizer, and per-rank state."""
+    files = json.loads(run.checkpoint(step).state.read_text())["files"]
+    return {name: entry["sha256"] for name, entry in files.items()}
+
+
+def curve(run: RunPaths) -> list[tuple[int, float, float]]:
+    return [(line["step"], line["loss"], line["top1"]) for line in read_lines(run.metrics, "train")]
+
+
+def test_sigkill_and_resume_equal_the_uninterrupted_run(digits: Path, tmp_path: Path) -> None:
+    whole = create_run(config_of(digits, tmp_path, "whole"))
+    finish(whole, 2)
+    killed = create_run(config_of(digits, tmp_path, "killed"))
+    for _ in range(2):
+        ranks = start(killed, 2)
+        wait_for_step(killed, random.randint(11, 25))
+        victim, peer = random.sample(ranks, 2)
+        victim.send_signal(signal.SIGKILL)
+        began = time.monotonic()
+        assert peer.wait(timeout=60) not in (0, 75), "a peer went on without the killed rank"
+        assert time.monotonic() - began < 10
+    finish(killed, 2)
+    assert hashes(killed) == hashes(whole)
+    assert curve(killed) == curve(whole)
+
+
+def test_sigterm_saves_the_very_step_and_resume_is_exact(digits: Path, tmp_path: Path) -> None:
+    whole = create_run(config_of(digits, tmp_path, "whole"))
+    finish(whole, 2)
+    stopped = create_run(config_of(digits, tmp_path, "stopped"))
+    ranks = start(stopped, 2)
+    wait_for_step(stopped, 13)
+    ranks[1].send_signal(signal.SIGUSR2)  # one rank alone is told
+    assert [rank.wait(timeout=60) for rank in ranks] == [75, 75]
+    saved_at = stopped.checkpoints_on_disk()[0].step
+    assert saved_at % 10, "the step of the signal must not be a regular checkpoint's"
+    finish(stopped, 2)
+    assert f"resumed at step {saved_at}" in stopped.rank_log(0).read_text()
+    assert hashes(stopped) == hashes(whole)
+    assert curve(stopped) == curve(whole)
+
+
+def test_exact_mode_gives_the_same_bits_at_any_world_and_through_changes(
+        digits: Path, tmp_path: Path) -> None:
+    found = {}
+    for world in (1, 2, 4):
+        run = create_run(config_of(digits, tmp_path, f"exact{world}", mode="exact", steps=50,
+                                   checkpoint={"every_steps": 50}))
+        finish(run, world)
+        found[world] = (hashes(run, 50)["model.safetensors"], hashes(run, 50)["optimizer.safetensors"],
+                        curve(run))
+    run = create_run(config_of(digits, tmp_path, "changing", mode="exact", steps=15))
+    for world, steps in ((4, 15), (1, 32), (2, 50)):
+        config = load_frozen(run.config)
+        rewrite_config(run, config_from_dict({**config_to_dict(config), "steps": steps}))
+        finish(run, world)
+    found[0] = (hashes(run, 50)["model.safetensors"], hashes(run, 50)["optimizer.safetensors"],
+                found[1][2])
+    assert found[1] == found[2] == found[4] == found[0]
+
+
+def test_no_start_over_when_every_checkpoint_is_damaged(digits: Path, tmp_path: Path) -> None:
+    run = create_run(config_of(digits, tmp_path, "damaged", steps=10))
+    finish(run, 1)
+    for paths in run.checkpoints_on_disk():
+        content = bytearray(paths.model.read_bytes())
+        content[len(content) // 2] ^= 1
+        paths.model.write_bytes(content)
+    rank = start(run, 1)[0]
+    assert rank.wait(timeout=60) == 2
+    assert "no valid checkpoint" in run.rank_log(0).read_text()
+    assert run.checkpoints_on_disk(), "nothing may be deleted"
+
+
+def test_a_diverged_run_commits_nothing_and_says_so(digits: Path, tmp_path: Path) -> None:
+    run = create_run(config_of(digits, tmp_path, "diverged", optimizer={"lr": 1e30},
+                               schedule={"name": "constant"}))
+    rank = start(run, 1)[0]
+    assert rank.wait(timeout=60) == 3
+    assert "not finite" in run.rank_log(0).read_text()
+    assert not run.checkpoints_on_disk()
+
+
+@pytest.mark.parametrize("world", [3])
+def test_a_world_that_does_not_divide_the_batch_is_refused(
+        digits: Path, tmp_path: Path, world: int) -> None:
+    run = create_run(config_of(digits, tmp_path, "thirds"))
+    ranks = start(run, world)
+    assert [rank.wait(timeout=60) for rank in ranks] == [2] * world
+    assert "must divide batch_size / bn_batch = 4" in run.rank_log(0).read_text()
