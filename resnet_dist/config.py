@@ -1,7 +1,7 @@
 """The whole configuration: one tree of frozen dataclasses, the only place a default lives.
 
-In: a recipe (YAML) and `key=value` overrides. Out: a checked `Config`, or a `ConfigError` whose lines
-name key, value and remedy. Imports no torch, so that a login node answers at once.
+In: a recipe (YAML) and `key=value` overrides. Out: a checked `Config`, or a `ConfigError` whose
+lines name key, value and remedy. Imports no torch, so that a login node answers at once.
 """
 
 from __future__ import annotations
