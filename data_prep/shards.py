@@ -1,0 +1,117 @@
+"""One shard of a plan: read its images, encode them, write the file, then its record.
+
+The record is the commit: it is written after the shard is on disk, and a shard with a fitting
+record is done for good. Both are functions of the plan alone, so any worker, task or second attempt
+writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.beton import Stored, write_atomically, write_shard
+from data_prep.images import Encoding, encode
+from data_prep.plan import Plan, ShardId
+from data_prep.sources import Reader, Unreadable
+
+SMALL_IMAGE_PIXELS = 128 * 128  # up to here a per-pixel mean is kept
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of a finished shard. `samples` may be 0: then there is no file."""
+
+    key: str
+    samples: int
+    bytes: int
+    sha256: str
+    pixels: int  # of all images
+    sums: tuple[int, int, int]  # of the stored pixels, per channel
+    squares: tuple[int, int, int]
+    image_size: tuple[int, int] | None  # (height, width) where all images share one
+    rejected: tuple[tuple[str, str], ...]  # (name, reason)
+
+
+def convert_shard(plan: Plan, shard: ShardId, reader: Reader, encoding: Encoding,
+                  tick: Callable[[str], None]) -> Record:
+    """Make one shard and its record. `tick` is called with a name before each image.
+
+    Memory: the shard's encoded images and one decoded image.
+    """
+    rows, names = plan.shard_rows(shard)
+    stored: list[Stored] = []
+    rejected: list[tuple[str, str]] = []
+    sums, squares, pixels = np.zeros(3, np.int64), np.zeros(3, np.int64), 0
+    sizes: set[tuple[int, int]] = set()
+    per_pixel: np.ndarray | None = None
+    for row, name in zip(rows, names, strict=True):
+        tick(name)
+        try:
+            raw = reader.read(name, int(row["container"]), int(row["offset"]), int(row["size"]))
+            image = encode(raw, encoding, name)
+        except Unreadable as reason:
+            rejected.append((name, str(reason)))
+            continue
+        stored.append(Stored(image.mode, image.width, image.height, image.data, int(row["label"])))
+        flat = image.pixels.reshape(-1, 3)
+        sums += flat.sum(axis=0, dtype=np.int64)
+        squares += np.einsum("ij,ij->j", flat, flat, dtype=np.int64)
+        pixels += len(flat)
+        sizes.add((image.height, image.width))
+        if len(sizes) == 1 and len(flat) <= SMALL_IMAGE_PIXELS:
+            if per_pixel is None:
+                per_pixel = np.zeros(image.pixels.shape, np.int64)
+            per_pixel += image.pixels
+    path = plan.shard_path(shard)
+    length, sha = 0, ""
+    if stored:
+        path.parent.mkdir(exist_ok=True)
+        length, sha = write_shard(path, stored)
+    if per_pixel is not None and len(sizes) == 1:
+        buffer = io.BytesIO()
+        np.save(buffer, per_pixel)
+        write_atomically(plan.work.pixel_sums(shard), buffer.getvalue())
+    record = Record(key=plan.key, samples=len(stored), bytes=length, sha256=sha, pixels=pixels,
+                    sums=_triple(sums), squares=_triple(squares),
+                    image_size=next(iter(sizes)) if len(sizes) == 1 else None,
+                    rejected=tuple(rejected))
+    text = json.dumps(asdict(record), sort_keys=True)
+    write_atomically(plan.work.record(shard), text.encode())
+    return record
+
+
+def _triple(values: np.ndarray) -> tuple[int, int, int]:
+    red, green, blue = (int(value) for value in values)
+    return red, green, blue
+
+
+def read_record(plan: Plan, shard: ShardId) -> Record | None:
+    """The record of a shard that is done, else None: no record, of another plan, or the file is
+    not there at its full length."""
+    try:
+        tree: dict[str, Any] = json.loads(plan.work.record(shard).read_bytes())
+        record = Record(**tree | {
+            "sums": tuple(tree["sums"]), "squares": tuple(tree["squares"]),
+            "image_size": tuple(tree["image_size"]) if tree["image_size"] else None,
+            "rejected": tuple((name, reason) for name, reason in tree["rejected"])})
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return None
+    if record.key != plan.key:
+        return None
+    if record.samples and _length(plan.shard_path(shard)) != record.bytes:
+        return None
+    return record
+
+
+def _length(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return -1
