@@ -78,21 +78,49 @@ class ModelConfig:
 
 @section
 class OptimizerConfig:
-    name: Literal["sgd"] = "sgd"
+    # sgd: PyTorch's and Torch7's momentum, v = m v + g, w -= lr v. sgd_caffe: v = m v + lr g,
+    # w -= v, which differs for a while after every change of the rate (Goyal et al. 2017, sec. 3).
+    name: Literal["sgd", "sgd_caffe", "lars", "lamb", "adamw"] = "sgd"
     lr: Positive = 0.1
-    momentum: Fraction = 0.9
-    nesterov: bool = False
+    momentum: Fraction = 0.9  # sgd, sgd_caffe, lars
+    nesterov: bool = False  # sgd
     weight_decay: NonNegative = 1e-4
     decay: Literal["all", "weights"] = "all"  # "weights": not biases, not BatchNorm
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)  # adamw, lamb
+    eps: Positive = 1e-8  # adamw, lamb
+    trust: Positive = 0.001  # lars: the coefficient eta of You et al. 2017
+    clip_norm: Positive | None = None  # largest norm of the whole gradient
 
 
 @section
 class ScheduleConfig:
-    name: Literal["milestones", "cosine", "constant"] = "milestones"
+    name: Literal["milestones", "plateau", "cosine", "linear", "one_cycle",
+                  "constant"] = "milestones"
     milestones: tuple[Natural, ...] = ()  # steps at which the rate is multiplied by `factor`
     factor: Positive = 0.1
     warmup_steps: Natural = 0  # linear from lr * warmup_start
     warmup_start: NonNegative = 0.0
+    # Hold lr * warmup_start until the training error falls below this many percent (He et al. 2015,
+    # sec. 4.2, ResNet-110: 0.01 until 80).
+    warmup_until_error: Annotated[float, Field(gt=0, lt=100)] | None = None
+    final: NonNegative = 0.0  # cosine, linear, one_cycle: the last rate as a fraction of lr
+    peak: Annotated[float, Field(gt=0, lt=1)] = 0.3  # one_cycle: fraction of the steps that rise
+    patience: Count = 3  # plateau: evaluations in a row without a gain before the rate drops
+    gain: NonNegative = 0.1  # plateau: percent points of error that count as a gain
+
+
+@section
+class LossConfig:
+    name: Literal["cross_entropy", "bce"] = "cross_entropy"
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    # bce: a class is a target where its (mixed, smoothed) weight exceeds this; None: soft targets.
+    threshold: Fraction | None = None
+
+
+@section
+class EmaConfig:
+    decay: Annotated[float, Field(gt=0, lt=1)] | None = None  # None: no average of the weights
+    every_steps: Count = 1
 
 
 @section
@@ -144,7 +172,10 @@ class Config:
     micro_batch: Count | None = None  # images of one forward of one rank; None: all it has
     mode: Literal["fast", "exact"] = "fast"
     engine: Literal["ddp", "deepspeed"] = "ddp"
-    precision: Literal["bf16", "fp32"] = "bf16"
+    # Of convolutions and matrix products; weights and optimizer are float32 throughout.
+    precision: Literal["bf16", "fp16", "tf32", "fp32"] = "bf16"
+    gradient_dtype: Literal["fp32", "bf16"] = "fp32"  # in which ranks exchange gradients
+    zero_stage: Annotated[int, Field(ge=0, le=2)] = 0  # engine=deepspeed: what ranks share out
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # Intra-op CPU threads of a rank. None: its cores in fast mode, 1 in exact mode, where the
     # count is part of the run because oneDNN's reductions depend on it.
@@ -154,6 +185,8 @@ class Config:
     model: ModelConfig = Field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    loss: LossConfig = Field(default_factory=LossConfig)
+    ema: EmaConfig = Field(default_factory=EmaConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     log: LogConfig = Field(default_factory=LogConfig)
@@ -166,7 +199,7 @@ class Config:
 
 # `data=PATH` means `data.path=PATH`: the field a section is known by.
 LEADING_FIELD = {"data": "path", "augment": "name", "model": "name", "optimizer": "name",
-                 "schedule": "name"}
+                 "schedule": "name", "loss": "name"}
 
 _ADAPTER: TypeAdapter[Config] = TypeAdapter(Config)
 
@@ -265,6 +298,15 @@ def validate(config: Config) -> None:
         refuse("engine", config.engine, "exact mode sums gradients itself; use engine=ddp")
     if config.mode == "exact" and config.micro_batch is not None:
         refuse("micro_batch", config.micro_batch, "exact mode runs one bn_batch at a time; drop it")
+    if config.mode == "exact" and config.gradient_dtype != "fp32":
+        refuse("gradient_dtype", config.gradient_dtype,
+               "exact mode sums in float32; use gradient_dtype=fp32")
+    if config.engine == "ddp" and config.zero_stage > 0:
+        refuse("zero_stage", config.zero_stage, "needs engine=deepspeed; or use zero_stage=0")
+    if config.zero_stage > 0 and config.optimizer.name in ("lars", "lamb"):
+        refuse("zero_stage", config.zero_stage,
+               f"splits layers between ranks and optimizer.name = {config.optimizer.name} needs "
+               "their norms whole; use zero_stage=0")
     augment = config.augment
     if augment.min_side > augment.max_side:
         refuse("augment.min_side", augment.min_side,
