@@ -34,7 +34,7 @@ def build_model(
     zero_init_last_bn: bool = False,
     bn_batch: int | None = None,
     bn_momentum: float = 0.1,
-    bn_eps: float = 1e-5,
+    bn_eps: float | None = None,
     checkpointing: bool = False,
 ) -> nn.Module:
     """The network `name`, initialised from torch's global generator, on the CPU, in float32.

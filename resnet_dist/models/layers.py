@@ -16,10 +16,10 @@ from resnet_dist.models.options import ModelOptions
 Norm = Callable[[int], GhostBatchNorm2d]
 
 
-def norm_of(options: ModelOptions) -> Norm:
+def norm_of(options: ModelOptions, default_eps: float = 1e-5) -> Norm:
     """What builds a BatchNorm of so many channels, with the chosen group size."""
     return partial(GhostBatchNorm2d, bn_batch=options.bn_batch, momentum=options.bn_momentum,
-                   eps=options.bn_eps)
+                   eps=default_eps if options.bn_eps is None else options.bn_eps)
 
 
 class BlurConv2d(nn.Conv2d):
@@ -91,6 +91,10 @@ def projection(
     return nn.Sequential(pool, conv(in_channels, out_channels, 1), norm(out_channels))
 
 
+class ReluLinear(nn.Linear):
+    """A hidden linear layer, whose output is rectified: initialised as the convolutions are."""
+
+
 class SqueezeExcitation(nn.Module):
     """Scale each channel by a gate computed from the means of all. Source: Hu et al. 2018."""
 
@@ -138,17 +142,17 @@ def checkpointed(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def initialise(model: nn.Module, init: str) -> None:
-    """Weights of every convolution and classifier, from torch's generator, in network order.
+    """Weights of every convolution and hidden layer, from torch's generator, in network order.
 
     he_fan_out: normal with variance 2 / (k^2 * out_channels), as published code of residual
     networks; he_fan_in: 2 / (k^2 * in_channels / groups); torch: the library's uniform default.
-    Linear layers keep the library's default; biases of convolutions are zero under the first two.
+    The classifier keeps the library's default; all other biases are zero under the first two.
     Source: He et al. 2015b, section 2.2.
     """
     if init == "torch":
         return
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d | ReluLinear):
             fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(module.weight)
             fan = fan_out if init == "he_fan_out" else fan_in
             nn.init.normal_(module.weight, std=math.sqrt(2.0 / fan))

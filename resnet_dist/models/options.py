@@ -33,14 +33,14 @@ class ModelOptions:
     zero_init_last_bn: bool = False
     bn_batch: int | None = None
     bn_momentum: float = 0.1
-    bn_eps: float = 1e-5
+    bn_eps: float | None = None  # 1e-5; Inception 1e-3
     checkpointing: bool = False
 
     def given(self) -> dict[str, object]:
         """The options that were chosen, not left to the architecture."""
         return {f.name: getattr(self, f.name) for f in fields(self)
                 if f.default is None and getattr(self, f.name) is not None
-                and f.name not in ("bn_batch",)}
+                and not f.name.startswith("bn_")}
 
 
 # Which of the None options each family understands.
@@ -52,6 +52,11 @@ FAMILY_OPTIONS: dict[str, frozenset[str]] = {
     "vgg": frozenset({"dropout"}),
     "inception": frozenset({"dropout"}),
 }
+
+
+def has_last_bn(name: str, family: str) -> bool:
+    """Whether the residual branches of `name`, as published, end in BatchNorm."""
+    return family in ("resnet", "cifar") and not name.startswith(("plain", "preresnet"))
 
 
 def check_options(name: str, family: str, options: ModelOptions) -> None:
@@ -94,5 +99,13 @@ def check_options(name: str, family: str, options: ModelOptions) -> None:
                "activation placements are variants of resnet110, resnet164 and the like")
     if experiment and name.startswith("preresnet"):
         refuse("shortcut", options.shortcut, f"the shortcut experiments are variants of {name[3:]}")
+    if options.stochastic_depth and (experiment or placed) and options.activation != "full_preact":
+        refuse("stochastic_depth", options.stochastic_depth,
+               "the ablations of 2016 have none; leave out shortcut and activation")
+    if options.zero_init_last_bn and (
+        not has_last_bn(name, family) or options.activation in ("bn_after_add", "full_preact")
+    ):
+        refuse("zero_init_last_bn", True,
+               "it has no residual branch that ends in BatchNorm; leave it false")
     if options.avg_down and options.shortcut == "A":
         refuse("avg_down", True, "pooled shortcuts are projections: use shortcut B or C")

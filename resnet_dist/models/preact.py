@@ -1,0 +1,94 @@
+"""He et al. 2016: full pre-activation. BatchNorm and ReLU come before each convolution.
+
+The first activation follows the stem, before the first block splits; the first block has none of
+its own. A block that changes the shape projects its *activated* input, without BatchNorm; the last
+sum is normalised and rectified before pooling. Strides are in the first convolution, as in the
+authors' code.
+"""
+
+from torch import Tensor, nn
+
+from resnet_dist.models.keyed import KeyedDropout, StochasticDepth
+from resnet_dist.models.layers import Norm, PadShortcut, Stage, conv, norm_of
+from resnet_dist.models.options import ModelOptions
+from resnet_dist.models.resnet import STAGES
+
+Kernels = tuple[int, ...]
+BASIC: Kernels = (3, 3)
+BOTTLENECK: Kernels = (1, 3, 1)
+
+
+class PreActBlock(nn.Module):
+    """x + conv(relu(bn(... conv(relu(bn(x)))))). Source: He et al. 2016, figure 1b and 4e.
+
+    Args:
+        kernels: (3, 3) or (1, 3, 1); the bottleneck's last convolution has 4 * planes channels.
+        activate: False for the first block of a network, whose input is activated already.
+        shortcut: "A", "B" or "C", where the shape changes (C: everywhere).
+    """
+
+    def __init__(self, in_channels: int, planes: int, stride: int, *, kernels: Kernels, norm: Norm,
+                 shortcut: str, activate: bool, drop_rate: float) -> None:
+        super().__init__()
+        out_channels = planes * (4 if kernels == BOTTLENECK else 1)
+        widths = [in_channels, *[planes] * (len(kernels) - 1), out_channels]
+        self.bn1 = norm(in_channels) if activate else None
+        self.conv1 = conv(in_channels, widths[1], kernels[0], stride)
+        self.bn2 = norm(widths[1])
+        self.conv2 = conv(widths[1], widths[2], kernels[1])
+        self.bn3 = norm(widths[2]) if len(kernels) == 3 else None
+        self.conv3 = conv(widths[2], widths[3], kernels[2]) if len(kernels) == 3 else None
+        self.drop = StochasticDepth(drop_rate) if drop_rate else None
+        self.downsample: nn.Module | None = None
+        if stride != 1 or in_channels != out_channels or shortcut == "C":
+            self.downsample = (PadShortcut(in_channels, out_channels, stride) if shortcut == "A"
+                               else conv(in_channels, out_channels, 1, stride))
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated = x if self.bn1 is None else self.bn1(x, relu=True)
+        shortcut = x if self.downsample is None else self.downsample(activated)
+        out = self.conv2(self.bn2(self.conv1(activated), relu=True))
+        if self.bn3 is not None and self.conv3 is not None:
+            out = self.conv3(self.bn3(out, relu=True))
+        return shortcut + (out if self.drop is None else self.drop(out))
+
+
+class PreActResNet(nn.Module):
+    """Images [n, 3, h, w] to logits [n, num_classes]; `imagenet`: 7x7 stem and max-pooling."""
+
+    def __init__(self, kernels: Kernels, counts: tuple[int, ...], planes: tuple[int, ...],
+                 options: ModelOptions, *, shortcut: str, imagenet: bool) -> None:
+        super().__init__()
+        norm, channels = norm_of(options), planes[0]
+        self.conv1 = conv(3, channels, 7, 2) if imagenet else conv(3, channels, 3)
+        self.bn1 = norm(channels)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if imagenet else None
+        done, rate = 0, options.stochastic_depth or 0.0
+        stages: list[Stage] = []
+        for index, (count, width) in enumerate(zip(counts, planes, strict=True)):
+            blocks: list[nn.Module] = []
+            for k in range(count):
+                done += 1
+                blocks.append(PreActBlock(
+                    channels, width, 2 if k == 0 and index > 0 else 1, kernels=kernels, norm=norm,
+                    shortcut=shortcut, activate=done > 1, drop_rate=rate * done / sum(counts),
+                ))
+                channels = width * (4 if kernels == BOTTLENECK else 1)
+            stages.append(Stage(*blocks, checkpointing=options.checkpointing))
+        self.layers = nn.Sequential(*stages)
+        self.bn_last = norm(channels)
+        self.dropout = KeyedDropout(options.dropout) if options.dropout else None
+        self.fc = nn.Linear(channels, options.num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn1(self.conv1(x), relu=True)
+        x = x if self.maxpool is None else self.maxpool(x)
+        x = self.bn_last(self.layers(x), relu=True).mean((2, 3))
+        return self.fc(x if self.dropout is None else self.dropout(x))
+
+
+def build_preact(name: str, options: ModelOptions) -> PreActResNet:
+    """The ImageNet network called `name`."""
+    counts = STAGES[int(name.removeprefix("preresnet"))]
+    return PreActResNet(BOTTLENECK, counts, (64, 128, 256, 512), options,
+                        shortcut=options.shortcut or "B", imagenet=True)
