@@ -68,11 +68,23 @@ class AugmentConfig:
 @section
 class ModelConfig:
     name: str = "resnet50"
-    shortcut: Literal["A", "B", "C"] | None = None  # None: the family's own
+    # None: as the named architecture was published. models/options.py says what each one means and
+    # refuses what an architecture does not have.
+    shortcut: Literal["A", "B", "C", "constant_scaling", "exclusive_gating",
+                      "shortcut_only_gating", "conv1x1", "dropout"] | None = None
+    activation: Literal["original", "bn_after_add", "relu_before_add", "relu_only_preact",
+                        "full_preact"] | None = None
+    gate_bias: float | None = None
+    stem: Literal["conv7", "deep"] | None = None
+    avg_down: bool | None = None
+    antialias: bool | None = None
+    se_reduction: Count | None = None
+    stochastic_depth: Fraction | None = None
+    dropout: Fraction | None = None
     init: Literal["he_fan_out", "he_fan_in", "torch"] = "he_fan_out"
     zero_init_last_bn: bool = False
     bn_momentum: Fraction = 0.1
-    bn_eps: Positive = 1e-5
+    bn_eps: Positive | None = None  # 1e-5; Inception 1e-3
     checkpointing: bool = False  # recompute activations in the backward pass
 
 
