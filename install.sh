@@ -35,6 +35,7 @@ assert (pathlib.Path(sysconfig.get_path("include")) / "Python.h").exists()' 2>/d
     if [ -n "$EXTRAS" ] && [ "$(id -u)" = 0 ]; then  # the SLURM tests start daemons: root only
         [ -x /usr/sbin/slurmctld ] || needed+=(slurm-wlm)
         [ -x /usr/sbin/slurmdbd ] || needed+=(slurmdbd)
+        dpkg -s slurm-wlm-mysql-plugin >/dev/null 2>&1 || needed+=(slurm-wlm-mysql-plugin)
         [ -x /usr/sbin/munged ] || needed+=(munge)
         [ -x /usr/sbin/mariadbd ] || needed+=(mariadb-server)
         command -v ss >/dev/null || needed+=(iproute2)

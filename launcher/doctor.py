@@ -45,7 +45,8 @@ _SLURM_SETTINGS = {
 
 def examine(folder: Path = Path()) -> list[Finding]:
     """All findings, cheapest first. `folder` is where runs would be written."""
-    findings = [_python(), *(_package(name) for name in ("submitit", "tensorboard", "numpy"))]
+    findings = [_finding("ok", "python", platform.python_version()),
+                *(_package(name) for name in ("submitit", "tensorboard", "numpy"))]
     findings += [_child(name, code, remedy) for name, (code, remedy) in _NATIVE.items()]
     findings += [_cpus(), _gpus(), *_slurm(), *_file_system(folder)]
     return findings
@@ -62,12 +63,6 @@ def show(console: Console, findings: list[Finding]) -> None:
 
 def _finding(state: str, what: str, found: str, remedy: str = "") -> Finding:
     return {"state": state, "what": what, "found": found, "remedy": remedy}
-
-
-def _python() -> Finding:
-    if sys.version_info < (3, 11):
-        return _finding("problem", "python", platform.python_version(), "use 3.11 or newer")
-    return _finding("ok", "python", platform.python_version())
 
 
 def _package(name: str) -> Finding:

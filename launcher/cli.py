@@ -1,0 +1,220 @@
+"""The `resnet-dist` command: verbs and their help, nothing else.
+
+Every verb delegates to one function, imported when the verb runs, so that `--help` stays instant.
+Exit codes: 0 done, 1 failed, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from resnet_dist.config import ConfigError
+
+app = typer.Typer(
+    name="resnet-dist", no_args_is_help=True, add_completion=True, rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Train residual networks on SLURM or on one machine.")
+console = Console()
+errors = Console(stderr=True)
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]",
+                                                      help="settings laid over the recipe")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="a run's name under --runs, or its path")]
+Runs = Annotated[str, typer.Option("--runs", help="folder that holds the run directories")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON for a script")]
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="class-folder tree, tar of one, or `digits`")],
+    dst: Annotated[Path, typer.Argument(help="data set directory to write")],
+    options: Overrides = None,
+) -> None:
+    """Convert images to FFCV shards.
+
+    Example: `resnet-dist convert imagenet/ data/imagenet workers=8`
+    """
+    from data_prep.convert import convert, parse_convert_overrides
+
+    manifest = convert(source, dst, parse_convert_overrides(options or []))
+    counts = ", ".join(f"{split.samples:,} {name}" for name, split in manifest.splits.items())
+    console.print(f"[green]done[/]  {dst}: {counts} images in {manifest.num_classes} classes")
+
+
+@app.command()
+def verify(
+    dst: Annotated[Path, typer.Argument(help="data set directory")],
+    deep: Annotated[bool, typer.Option("--deep", help="decode every image")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check every shard of a data set: headers, bounds, hashes; with --deep every image."""
+    from data_prep.verify import verify
+
+    report = verify(dst, deep=deep)
+    if as_json:
+        print(json.dumps(report.as_json()))
+    else:
+        for what, value in report.summary_rows():
+            console.print(f"{what:>12}  {value}", highlight=False, markup=False)
+        for problem in report.problems:
+            errors.print(f"[red]problem[/]  {problem}")
+    raise typer.Exit(1 if report.problems else 0)
+
+
+@app.command()
+def submit(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="a recipe from configs/")],
+    options: Overrides = None,
+    local: Annotated[bool, typer.Option("--local", help="run here even where SLURM is")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check a recipe, freeze a run directory, and queue the job.
+
+    Example: `resnet-dist submit configs/cifar10/resnet20.yaml data=data/cifar10 launch.nodes=2`
+    """
+    from launcher.freeze import create_run
+    from launcher.submit import submit
+    from resnet_dist.config import load_config
+
+    checked = load_config(config, options or [])
+    run = create_run(checked)
+    job = submit(checked, run, local=local)
+    if as_json:
+        print(json.dumps({"run": str(run.root), "job": job}))
+    else:
+        console.print(f"[green]submitted[/]  job {job}, run directory {run.root}\n"
+                      f"watch it:  resnet-dist status {run.name} --watch")
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="a recipe from configs/")],
+    options: Overrides = None,
+) -> None:
+    """Train in the foreground; also one rank of `torchrun --no-python resnet-dist train CONFIG`.
+
+    Running the same command again resumes.
+    """
+    from launcher.foreground import train_here
+
+    raise typer.Exit(train_here(config, options or []))
+
+
+@app.command()
+def status(
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="one run in detail")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="refresh until it ends")] = False,
+    runs: Runs = "runs",
+    as_json: Json = False,
+) -> None:
+    """What is running, where, how fast, until when."""
+    from launcher.status import show_status
+
+    raise typer.Exit(show_status(console, run, Path(runs), watch=watch, as_json=as_json))
+
+
+@app.command()
+def logs(
+    run: Run,
+    rank: Annotated[int | None, typer.Option("--rank", help="only this rank")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="keep printing")] = False,
+    runs: Runs = "runs",
+) -> None:
+    """Print a run's logs, merged by time, each line with its rank."""
+    from launcher.control import print_logs
+    from launcher.freeze import find_run
+
+    print_logs(console, find_run(run, runs), rank=rank, follow=follow)
+
+
+@app.command()
+def stop(
+    run: Run,
+    now: Annotated[bool, typer.Option("--now", help="kill without a checkpoint")] = False,
+    runs: Runs = "runs",
+) -> None:
+    """Save a checkpoint and end the job; `resume` continues it."""
+    from launcher.control import stop
+    from launcher.freeze import find_run
+
+    console.print(stop(find_run(run, runs), now=now))
+
+
+@app.command()
+def resume(run: Run, options: Overrides = None,
+           local: Annotated[bool, typer.Option("--local", help="run here")] = False,
+           runs: Runs = "runs") -> None:
+    """Continue a run from its newest checkpoint, on other nodes or for more steps.
+
+    Example: `resnet-dist resume resnet50 steps=700000 launch.nodes=4`
+    """
+    from launcher.control import resume
+    from launcher.freeze import find_run
+
+    found = find_run(run, runs)
+    console.print(f"[green]resumed[/]  job {resume(found, options or [], local=local)}")
+
+
+@app.command("eval")
+def evaluate(
+    run: Run,
+    step: Annotated[int | None, typer.Option("--step", help="checkpoint; default newest")] = None,
+    runs: Runs = "runs",
+    as_json: Json = False,
+) -> None:
+    """Evaluate a checkpoint on every validation image."""
+    from launcher.foreground import evaluate_here
+
+    result = evaluate_here(run, runs, step)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        console.print(f"step {result['step']}: top-1 {result['top1']:.2f}%, top-5 "
+                      f"{result['top5']:.2f}%, loss {result['loss']:.4f} over "
+                      f"{result['samples']:,} images")
+
+
+@app.command()
+def tensorboard(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[RUN ...]")] = None,
+    port: Annotated[int, typer.Option("--port", help="on localhost")] = 6006,
+    runs: Runs = "runs",
+) -> None:
+    """Show curves in a browser; on localhost only. Over SSH it prints the tunnel command."""
+    from launcher.foreground import run_tensorboard
+
+    raise typer.Exit(run_tensorboard(console, names or [], runs, port))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Is this machine ready: native libraries, packages, GPU, SLURM, file system."""
+    from launcher.doctor import examine, show
+
+    findings = examine()
+    if as_json:
+        print(json.dumps(findings))
+    else:
+        show(console, findings)
+    raise typer.Exit(1 if any(finding["state"] == "problem" for finding in findings) else 0)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one clear message and exit code 2, never a traceback."""
+    try:
+        app(standalone_mode=True)
+    except ConfigError as error:
+        for line in str(error).splitlines():
+            errors.print("[red]error[/]  ", end="")
+            errors.print(line, markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Verbs that run here and now: `train`, `eval`, `tensorboard`.
+
+`train` is one rank where torchrun started it (RANK is set), and otherwise the supervisor with all
+ranks of one node as its children. torch is only ever imported by the child processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from launcher.freeze import create_run, find_run
+from launcher.supervisor import supervise_here
+from resnet_dist.config import Config, ConfigError, load_config, load_frozen, world_problems
+from resnet_dist.paths import RunPaths
+
+
+def train_here(recipe: Path, overrides: list[str]) -> int:
+    """Train in the foreground and return the exit code. The same command again resumes.
+
+    Raises: ConfigError on bad input, before a process is started.
+    """
+    config = load_config(recipe, overrides)
+    if "RANK" in os.environ:
+        run = _run_for_rank(config)
+        return subprocess.run([sys.executable, "-m", "resnet_dist.train", str(run.root)]).returncode
+    if config.launch.nodes != 1:
+        raise ConfigError(f"launch.nodes = {config.launch.nodes}: `train` runs on this machine; "
+                          "set launch.nodes=1, or use `resnet-dist submit`")
+    return supervise_here(_create_or_reopen(config))
+
+
+def _run_for_rank(config: Config) -> RunPaths:
+    """The run directory for one torchrun rank: rank 0 makes it, the others wait for it."""
+    problems = world_problems(config, int(os.environ["WORLD_SIZE"]))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    if int(os.environ["RANK"]) == 0:
+        return _create_or_reopen(config)
+    run = RunPaths(Path(config.runs).absolute() / str(config.name))
+    deadline = time.monotonic() + 60
+    while not run.provenance.exists():
+        if time.monotonic() > deadline:
+            raise ConfigError(f"runs = {config.runs}: rank 0's run directory {run.root} did not "
+                              "appear within 60 s; is it on a shared file system?")
+        time.sleep(0.1)
+    return run
+
+
+def _create_or_reopen(config: Config) -> RunPaths:
+    run = RunPaths(Path(config.runs).absolute() / str(config.name))
+    if not run.config.is_file():
+        return create_run(config)
+    return run
+
+
+def evaluate_here(name: str, runs: str, step: int | None) -> dict[str, Any]:
+    """Evaluate a checkpoint in a child process. Raises: ConfigError on bad input."""
+    run = find_run(name, runs)
+    load_frozen(run.config)
+    command = [sys.executable, "-m", "resnet_dist.evaluate", str(run.root)]
+    if step is not None:
+        command += ["--step", str(step)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(done.returncode)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def run_tensorboard(console: Console, names: list[str], runs: str, port: int) -> int:
+    """TensorBoard over the named runs (all of them where none is), on localhost, until Ctrl-C."""
+    if names:
+        folders = {RunPaths(find_run(name, runs).root).name: find_run(name, runs).tensorboard
+                   for name in names}
+        where = ["--logdir_spec", ",".join(f"{name}:{path}" for name, path in folders.items())]
+    else:
+        if not Path(runs).is_dir():
+            raise ConfigError(f"--runs = {runs}: no such folder; name one that holds runs")
+        where = ["--logdir", runs]
+    if "SSH_CONNECTION" in os.environ:
+        host = os.environ["SSH_CONNECTION"].split()[2]
+        console.print(f"on your own machine:  ssh -N -L {port}:localhost:{port} "
+                      f"{os.environ.get('USER', 'you')}@{host or socket.gethostname()}")
+    console.print(f"then open  http://localhost:{port}")
+    command = [sys.executable, "-m", "tensorboard.main", *where, "--host", "localhost",
+               "--port", str(port)]
+    try:
+        return subprocess.run(command).returncode
+    except KeyboardInterrupt:
+        return 0

@@ -1,0 +1,107 @@
+"""`make quickstart`: the whole path on real images, in the commands that a user would type.
+
+Converts the handwritten digits, submits a job of two ranks, kills one rank with SIGKILL on the way,
+watches the run resume by itself, and ends with a table. Exits non-zero where the run does not
+recover or does not reach 97%.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from launcher.status import run_status
+from resnet_dist.config import load_config
+from resnet_dist.paths import RunPaths
+
+RECIPE = Path("configs/digits/quickstart.yaml")
+DATA = Path("data/digits")
+TARGET_TOP1 = 97.0
+DEADLINE_S = 600.0
+console = Console()
+
+
+def main() -> int:
+    began = time.monotonic()
+    if not (DATA / "dataset.json").exists():
+        command("convert", "digits", str(DATA))
+    command("verify", str(DATA))
+    name = time.strftime("quickstart-%Y%m%d-%H%M%S")
+    command("submit", str(RECIPE), f"name={name}", "--local")
+    run = RunPaths(Path("runs") / name)
+    steps = load_config(RECIPE).steps
+    killed_at = watch(run, steps)
+    return report(run, killed_at, time.monotonic() - began)
+
+
+def command(*arguments: str) -> None:
+    console.print(f"\n[bold]$ resnet-dist {shlex.join(arguments)}[/]", highlight=False)
+    done = subprocess.run([str(Path(sys.executable).with_name("resnet-dist")), *arguments])
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def watch(run: RunPaths, steps: int) -> int:
+    """Show progress until the run ends; kill rank 1 once, past a third. Returns the step then."""
+    killed_at = -1
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}"),
+               TextColumn("of {task.total} steps"), TimeElapsedColumn(), TimeRemainingColumn())
+    deadline = time.monotonic() + DEADLINE_S
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("starting", total=steps)
+        last_line = 0.0
+        while time.monotonic() < deadline:
+            status = run_status(run)
+            progress.update(bar, completed=status.step, description=status.state)
+            if not console.is_terminal and time.monotonic() - last_line > 10:
+                last_line = time.monotonic()
+                console.print(f"{status.state}: step {status.step} of {steps}")
+            if status.state in ("finished", "failed", "stopped"):
+                return killed_at
+            if killed_at < 0 and status.step > steps / 3 and status.worker_pids:
+                killed_at = last_step_of(run)
+                os.kill(status.worker_pids[-1], signal.SIGKILL)
+                progress.console.print(f"[yellow]killed rank {len(status.worker_pids) - 1} with "
+                                       f"SIGKILL at step {killed_at}; now hands off[/]")
+            time.sleep(0.2)
+    console.print(f"[red]the run did not end within {DEADLINE_S:.0f} s[/]")
+    return killed_at
+
+
+def last_step_of(run: RunPaths) -> int:
+    """Newest step that a rank reported in its heartbeat."""
+    return max((int(path.read_text().split()[1]) for path in run.heartbeats.iterdir()), default=0)
+
+
+def report(run: RunPaths, killed_at: int, seconds: float) -> int:
+    """Print the closing table. Returns the exit code: 0 where all that was promised was seen."""
+    status = run_status(run)
+    top1 = status.top1 if status.top1 is not None else 0.0
+    recovered = killed_at >= 0 and status.state == "finished" and status.restarts >= 1
+    table = Table(title="quickstart", show_header=False)
+    table.add_row("state", status.state + (f": {status.cause}" if status.cause else ""))
+    table.add_row("test accuracy", f"{top1:.2f}% (promised: {TARGET_TOP1:.0f}%)")
+    table.add_row("speed", f"{status.images_per_s or 0:,.0f} images/s on 2 ranks")
+    table.add_row("killed with SIGKILL", f"at step {killed_at}" if killed_at >= 0 else "never")
+    table.add_row("restarts", str(status.restarts))
+    table.add_row("iterations redone", str(status.redone_steps))
+    table.add_row("run directory", str(run.root))
+    table.add_row("curves", f".venv/bin/resnet-dist tensorboard {run.name}")
+    table.add_row("whole quickstart", f"{seconds:.0f} s")
+    console.print(table)
+    if not recovered:
+        console.print(f"[red]the run did not recover; see {run.logs}[/]")
+    return 0 if recovered and top1 >= TARGET_TOP1 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

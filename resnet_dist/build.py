@@ -1,0 +1,53 @@
+"""From a configuration to the parts that the loop and the evaluation put together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from resnet_dist.config import Config
+from resnet_dist.data.loader import EvalLoader, TrainLoader, normalization
+from resnet_dist.data.manifest import Manifest
+from resnet_dist.distributed import World, cores_per_rank
+from resnet_dist.models import build_model
+from resnet_dist.paths import DatasetPaths
+
+
+def model_of(config: Config, manifest: Manifest) -> torch.nn.Module:
+    """The configured network on the CPU; the seed decides its weights."""
+    torch.manual_seed(config.seed)
+    model = config.model
+    return build_model(
+        model.name, num_classes=manifest.num_classes, shortcut=model.shortcut, init=model.init,
+        zero_init_last_bn=model.zero_init_last_bn, bn_batch=config.bn_batch,
+        bn_momentum=model.bn_momentum, bn_eps=model.bn_eps, checkpointing=model.checkpointing)
+
+
+def normalization_of(config: Config, manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:
+    """float32 (mean, 1 / std), broadcastable to [n, 3, h, w], for pixels in [0, 1]."""
+    return normalization(manifest, DatasetPaths(data_path(config)), config.augment.normalize,
+                         config.augment.size)
+
+
+def train_loader(config: Config, world: World, first_step: int) -> TrainLoader:
+    """This rank's share of every global batch from `first_step` on, without end."""
+    return TrainLoader(
+        data_path(config), "train", config.augment, seed=config.seed,
+        batch_size=config.batch_size, rank=world.rank, world=world.size,
+        threads=config.data.threads or cores_per_rank(config), prefetch=config.data.prefetch,
+        verify=config.data.verify, first_step=first_step)
+
+
+def eval_loader(config: Config, world: World) -> EvalLoader:
+    """This rank's contiguous slice of the evaluation split, once."""
+    return EvalLoader(
+        data_path(config), config.eval.split, resize=config.eval.resize, size=config.eval.size,
+        batch_size=config.eval.batch_size, rank=world.rank, world=world.size,
+        threads=config.data.threads or cores_per_rank(config), verify=config.data.verify)
+
+
+def data_path(config: Config) -> Path:
+    assert config.data.path is not None, "check_dataset refuses this"
+    return Path(config.data.path)

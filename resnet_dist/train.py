@@ -1,0 +1,247 @@
+"""THE loop. One process is one rank: `python -m resnet_dist.train RUN_DIR`.
+
+Starting and resuming are one path: join the group, restore the newest valid checkpoint or start
+fresh, then  batch -> engine step -> log, evaluate, save when due.  A signal sets a flag; ranks
+agree on it at a step boundary and save together.
+
+Exit codes: 0 finished; 75 saved because asked to stop; 2 bad input; 3 diverged; anything else is a
+crash, which the supervisor answers with a restart from the newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resnet_dist.build import eval_loader, model_of, normalization_of, train_loader
+from resnet_dist.checkpoint import (
+    CheckpointError,
+    CheckpointWriter,
+    Saved,
+    clean,
+    load,
+    newest_valid,
+)
+from resnet_dist.config import Config, ConfigError, config_to_dict, load_frozen, world_problems
+from resnet_dist.data.loader import DataError
+from resnet_dist.data.manifest import Manifest, check_dataset, manifest_fingerprint
+from resnet_dist.data.random import sample_keys
+from resnet_dist.distributed import World, broadcast_int, init_world, shutdown
+from resnet_dist.engine import DDPEngine
+from resnet_dist.evaluate import evaluate
+from resnet_dist.metrics import Metrics
+from resnet_dist.optim import lr_at
+from resnet_dist.paths import RunPaths
+from resnet_dist.preemption import SignalFlag
+
+log = logging.getLogger(__name__)
+
+FINISHED, CRASHED, BAD_INPUT, DIVERGED, SAVED = 0, 1, 2, 3, 75
+
+
+class Diverged(Exception):
+    """Loss, weights or momentum are no longer numbers; nothing of it was saved."""
+
+
+def train(run: RunPaths, config: Config, world: World, signals: SignalFlag) -> int:
+    """Train until `config.steps`, or until all ranks agree to stop. Collective.
+
+    Returns: FINISHED or SAVED; in both cases a checkpoint of the last step is on disk.
+    Raises: Diverged, DataError, CheckpointError, ConfigError.
+    """
+    manifest = check_dataset(config)
+    engine = DDPEngine(model_of(config, manifest), config, world,
+                       normalization_of(config, manifest))
+    resumed = step = restore(run, engine, world)
+    metrics = Metrics(run, step) if world.rank == 0 else None
+    writer = CheckpointWriter(run, config.checkpoint.keep_last) if world.rank == 0 else None
+    note = f"resumed at step {step}" if step else "started"
+    log.info("%s: %d ranks, %d steps of %d images", note, world.size, config.steps,
+             config.batch_size)
+    if metrics:
+        metrics.event(step, f"{note} on {world.size} ranks")
+        metrics.text("config", run.config.read_text(encoding="utf-8"))
+
+    stop, clock, heart = 0, Clock(step), Heart(run, world)
+    with train_loader(config, world, first_step=step) as loader:
+        batches = iter(loader)
+        while step < config.steps and not stop:
+            with clock.waiting():
+                batch = next(batches)
+            assert batch.step == step
+            lr = lr_at(config.schedule, config.optimizer.lr, step, config.steps)
+            keys = torch.from_numpy(sample_keys(config.seed, batch.epochs, batch.sample_ids))
+            engine.train_step(batch.images, batch.labels, keys, lr)
+            step += 1
+            heart.beat(step)
+            stop = signals.should_stop(world)
+            last = step == config.steps
+
+            if last or step % config.log.every_steps == 0:
+                values = engine.read_window()
+                if metrics:
+                    metrics.write("train", step,
+                                  {**values, "lr": lr, **clock.speed(step, config.batch_size)})
+                clock.restart(step)
+            if last or step % config.eval.every_steps == 0:
+                with clock.paused(), engine.eval_model() as model:
+                    result = evaluate(model, engine.normalize, eval_loader(config, world), world)
+                if metrics:
+                    metrics.write("val", step, result)
+                log.info("step %d: validation top-1 %.2f%%", step, result["top1"])
+            if last or stop or step % config.checkpoint.every_steps == 0:
+                if not engine.finite():
+                    raise Diverged(f"step {step}: loss or weights are not finite; "
+                                   "nothing since the last checkpoint was saved")
+                state = engine.state()
+                if metrics and writer:
+                    metrics.flush()
+                    writer.save(step, state, describe(config, manifest, world))
+            if writer:
+                report(writer.finished(), metrics)
+    signals.settle()
+    if writer and metrics:
+        # The last state must be on disk before anyone is told so.
+        if step > resumed and report(writer.wait(), metrics) != step:
+            raise CheckpointError(f"step {step}: the last checkpoint could not be written")
+        metrics.close()
+    if stop and step < config.steps:
+        log.info("saved at step %d because of signal %d", step, stop)
+        return SAVED
+    return FINISHED
+
+
+def restore(run: RunPaths, engine: DDPEngine, world: World) -> int:
+    """Load the newest valid checkpoint on every rank; its step, or 0 without any. Collective.
+
+    Rank 0 chooses; every rank reads and hashes what it loads. Raises: CheckpointError.
+    """
+    step = 0
+    if world.rank == 0:
+        clean(run)
+        found = newest_valid(run)
+        step = found[0].step if found else 0
+    step = broadcast_int(step, world)
+    if step:
+        engine.load(load(run.checkpoint(step))[0])
+    return step
+
+
+def describe(config: Config, manifest: Manifest, world: World) -> dict[str, Any]:
+    """What a checkpoint says about the run that wrote it."""
+    return {"world": world.size, "config": config_to_dict(config),
+            "dataset_sha256": manifest_fingerprint(manifest), "classes": list(manifest.classes),
+            "torch": torch.__version__, "python": platform.python_version(),
+            "time": time.time()}
+
+
+def report(saves: list[Saved], metrics: Metrics | None) -> int | None:
+    """Tell of checkpoints that are on disk; the step of the newest one. Failures alarm."""
+    newest = None
+    for saved in saves:
+        if saved.error:
+            text = f"ALARM: checkpoint not saved: {saved.error}"
+            log.error("step %d: %s", saved.step, text)
+        else:
+            newest = saved.step
+            text = f"checkpoint, {saved.size_bytes / 1e6:.1f} MB in {saved.seconds:.2f} s"
+            log.info("step %d: %s", saved.step, text)
+        if metrics:
+            metrics.event(saved.step, text)
+    return newest
+
+
+class Heart:
+    """A sign of life of one rank: the watchdog reads the file's time, `status` the step in it."""
+
+    def __init__(self, run: RunPaths, world: World) -> None:
+        self._path = run.heartbeat(world.rank)
+        self._path.parent.mkdir(exist_ok=True)
+        self._attempt = os.environ.get("RESNET_DIST_ATTEMPT", "0")
+        self._last = float("-inf")
+
+    def beat(self, step: int) -> None:
+        """Write "attempt step", at most ten times a second: the folder may be a network's."""
+        now = time.monotonic()
+        if now - self._last < 0.1:
+            return
+        self._last = now
+        temporary = self._path.with_name(f".{self._path.name}.tmp")
+        temporary.write_text(f"{self._attempt} {step}\n")
+        os.replace(temporary, self._path)
+
+
+class Clock:
+    """Wall time of the steps since the last logging step, evaluations left out."""
+
+    def __init__(self, step: int) -> None:
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        self._began, self._step, self._waited_s = time.perf_counter(), step, 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Inside, the step waits for data."""
+        began = time.perf_counter()
+        yield
+        self._waited_s += time.perf_counter() - began
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - began
+
+    def speed(self, step: int, batch_size: int) -> dict[str, float]:
+        """images_per_s of all ranks; step_s and data_s (waiting for data), means a step."""
+        elapsed_s, steps = time.perf_counter() - self._began, step - self._step
+        return {"images_per_s": batch_size * steps / elapsed_s, "step_s": elapsed_s / steps,
+                "data_s": self._waited_s / steps}
+
+
+def main(arguments: list[str]) -> int:
+    """Run one rank on the run directory in `arguments`; the exit code."""
+    rank = int(os.environ.get("RANK", 0))
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr,
+                        format=f"%(asctime)s rank {rank}: %(message)s")
+    # torch 2.13 renames arguments that 2.11 does not know yet; nothing a user could act on.
+    warnings.simplefilter("ignore", FutureWarning)
+    run = RunPaths(Path(arguments[0]).absolute())
+    try:
+        with SignalFlag() as signals:
+            config = load_frozen(run.config)
+            problems = world_problems(config, int(os.environ.get("WORLD_SIZE", 1)))
+            if problems:
+                raise ConfigError("\n".join(problems))
+            world = init_world(config)
+            code = train(run, config, world, signals)
+            shutdown()
+            return code
+    except (ConfigError, DataError, CheckpointError) as error:
+        log.error("%s", error)
+        code = BAD_INPUT
+    except Diverged as error:
+        log.error("%s", error)
+        code = DIVERGED
+    except Exception as error:
+        log.exception("failed")
+        log.error("%s: %s", type(error).__name__, " ".join(str(error).split()))
+        code = CRASHED
+    # Leave at once: peers notice the closed connections, and no destructor can wait for them.
+    logging.shutdown()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
