@@ -1,0 +1,71 @@
+"""Which sample stands at which position of the training stream: a pure function of (seed, epoch).
+
+Training consumes an endless stream of positions p = 0, 1, 2, ...; position p holds sample
+`permutation(seed, p // n, n)[p % n]`. A batch takes the next positions, so the last batch that
+begins in an epoch may end in the next one: nothing is dropped, repeated or padded. Pure NumPy.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+
+import numpy as np
+
+_KEPT = 3  # the epoch in use, the one prepared ahead, and one to step back to
+_cache: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
+_lock = threading.Lock()
+
+
+def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+    """The order of epoch `epoch`: read-only int32 [n], each of 0..n-1 once; cached.
+
+    Sorts raw Philox4x64 counter bits with the index packed below them, so the order depends neither
+    on NumPy's shuffling code nor on the sort's stability. Of the 64 bits, those above the index are
+    random: two equal keys, which the smaller index would win, have odds of n**3 / 2**65.
+    About 25 ms for 1.28 million samples.
+    """
+    key = (seed, epoch, n)
+    with _lock:
+        if key in _cache:
+            _cache.move_to_end(key)
+            return _cache[key]
+    order = _permutation(seed, epoch, n)
+    with _lock:
+        _cache[key] = order
+        while len(_cache) > _KEPT:
+            _cache.popitem(last=False)
+    return order
+
+
+def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+    if not 0 < n < 2**31:
+        raise ValueError(f"n = {n}: a split needs between 1 and 2**31 - 1 samples")
+    generator = np.random.Philox(key=seed % 2**64, counter=[0, 0, epoch, 0])
+    keys: np.ndarray = generator.random_raw(n)
+    index_bits = np.uint64((1 << max(1, (n - 1).bit_length())) - 1)
+    keys &= ~index_bits
+    keys |= np.arange(n, dtype=np.uint64)
+    keys.sort()
+    keys &= index_bits
+    order = keys.astype(np.int32)
+    order.setflags(write=False)
+    return order
+
+
+def stream(seed: int, n: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions [start, stop) of the stream: (epochs int64 [m], sample ids int64 [m])."""
+    positions = np.arange(start, stop, dtype=np.int64)
+    epochs = positions // n
+    ids = np.empty(len(positions), np.int64)
+    for epoch in range(start // n, -(-stop // n)):
+        here = epochs == epoch
+        ids[here] = permutation(seed, epoch, n)[positions[here] % n]
+    return epochs, ids
+
+
+def batch_slice(step: int, batch_size: int, rank: int, world: int) -> tuple[int, int]:
+    """The positions [start, stop) that `rank` of `world` owns in global batch `step`."""
+    local = batch_size // world
+    start = step * batch_size + rank * local
+    return start, start + local
