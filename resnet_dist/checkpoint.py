@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from resnet_dist.paths import CheckpointPaths, RunPaths
@@ -53,6 +54,31 @@ class EngineState:
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     ranks: dict[str, Tensor] = field(default_factory=dict)
+
+
+def to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Own, contiguous copies on the CPU; one wait for the device however many tensors."""
+    on_device = any(value.is_cuda for value in tensors.values())
+    copies = {}
+    for name, value in tensors.items():
+        host = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+        copies[name] = host.copy_(value, non_blocking=True)
+    if on_device:
+        torch.cuda.current_stream().synchronize()
+    return copies
+
+
+@torch.no_grad()
+def copy_into(own: dict[str, Tensor], saved: dict[str, Tensor], what: str) -> None:
+    """Copy `saved` into `own` by name. Raises: ValueError naming what does not match."""
+    missing, unknown = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
+    shapes = [f"{name}: {tuple(saved[name].shape)} saved, {tuple(own[name].shape)} here"
+              for name in own.keys() & saved.keys() if own[name].shape != saved[name].shape]
+    if missing or unknown or shapes:
+        raise ValueError(f"{what} state does not fit: missing {missing[:3]} ({len(missing)}), "
+                         f"unknown {unknown[:3]} ({len(unknown)}), shapes {shapes[:3]}")
+    for name, value in own.items():
+        value.copy_(saved[name])
 
 
 @dataclass(frozen=True)
@@ -273,16 +299,23 @@ def load(paths: CheckpointPaths) -> tuple[EngineState, dict[str, Any]]:
     return EngineState(**parts), record["meta"]
 
 
-def load_model(paths: CheckpointPaths) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_model(paths: CheckpointPaths, *,
+               ema: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The model's state dict alone, and meta: for evaluation and export.
 
-    Raises: CheckpointError as `verify`.
+    ema: the averaged weights. Raises: CheckpointError as `verify`, and where there are none.
     """
     record = read_record(paths)
+    path = paths.optimizer if ema else paths.model
     try:
-        return safetensors.torch.load(_read_checked(paths.model, record)), record["meta"]
+        tensors = safetensors.torch.load(_read_checked(path, record))
     except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{paths.model}: {error}") from None
+        raise CheckpointError(f"{path}: {error}") from None
+    if ema:
+        tensors = {name[4:]: value for name, value in tensors.items() if name[:4] == "ema/"}
+        if not tensors:
+            raise CheckpointError(f"{path}: holds no averaged weights (ema.decay = null)")
+    return tensors, record["meta"]
 
 
 def read_record(paths: CheckpointPaths) -> dict[str, Any]:

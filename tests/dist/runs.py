@@ -1,4 +1,4 @@
-"""What the distributed tests train: small real networks on made-up images, as every rank sees them."""
+"""What the distributed tests train: small real networks on made-up images, rank by rank."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from resnet_dist import distributed, optim
 from resnet_dist.checkpoint import EngineState
 from resnet_dist.config import Config, config_from_dict
 from resnet_dist.distributed import World
-from resnet_dist.engine import DDPEngine
+from resnet_dist.engine import make_engine
+from resnet_dist.engine_core import Engine
 from resnet_dist.models import build_model
 
 SIZE = 16  # pixels; small, so that a step takes milliseconds
@@ -33,12 +34,12 @@ def make_config(world: int, **values: Any) -> Config:
     return config_from_dict(tree)
 
 
-def make_engine(config: Config, world: World) -> DDPEngine:
+def build(config: Config, world: World) -> Engine:
     torch.manual_seed(config.seed)
     model = build_model(config.model.name, num_classes=CLASSES, bn_batch=config.bn_batch)
     shape = (1, 3, 1, 1)
     normalization = (np.full(shape, 0.45, np.float32), np.full(shape, 4.0, np.float32))
-    return DDPEngine(model, config, world, normalization)
+    return make_engine(model, config, world, normalization)
 
 
 def global_batch(config: Config, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -51,7 +52,7 @@ def global_batch(config: Config, step: int) -> tuple[torch.Tensor, torch.Tensor,
     return ((images + tint) // 2).to(torch.uint8), labels, keys
 
 
-def train(engine: DDPEngine, start: int, stop: int) -> None:
+def train(engine: Engine, start: int, stop: int) -> None:
     """Take the steps `start ... stop - 1` on this rank's slices."""
     config, world = engine.config, engine.world
     share = config.batch_size // world.size

@@ -12,14 +12,14 @@ from resnet_dist import checkpoint
 from resnet_dist.checkpoint import EngineState
 from resnet_dist.paths import RunPaths
 from tests.dist.harness import run_ranks
-from tests.dist.runs import digest, join, make_config, make_engine, train
+from tests.dist.runs import build, digest, join, make_config, train
 
 
 def resumed_and_uninterrupted(root: Path, values: dict[str, Any]) -> tuple[str, str, int]:
     """SHA-256 after 6 steps, resumed at step 3 from disk, and without a break."""
     world = join(make_config(1))
     config = make_config(world.size, **values)
-    engine = make_engine(config, world)
+    engine = build(config, world)
     train(engine, 0, 3)
     saved = engine.state()
     run = RunPaths(root)
@@ -28,7 +28,7 @@ def resumed_and_uninterrupted(root: Path, values: dict[str, Any]) -> tuple[str, 
     train(engine, 3, 6)
     straight = digest(engine.state())
     state, _ = checkpoint.load(run.checkpoint(3))
-    again = make_engine(config, world)
+    again = build(config, world)
     again.load(state)
     train(again, 3, 6)
     buckets = len(again._ddp._get_ddp_logging_data()["rebuilt_bucket_sizes"]) if again._ddp else 0
@@ -50,7 +50,7 @@ def test_resume_equals_uninterrupted(world: int, values: dict[str, Any], tmp_pat
 
 def exact_digests(saved: EngineState | None, start: int, stop: int) -> tuple[str, EngineState]:
     world = join(make_config(1))
-    engine = make_engine(make_config(world.size, mode="exact"), world)
+    engine = build(make_config(world.size, mode="exact"), world)
     if saved is not None:
         engine.load(saved)
     train(engine, start, stop)
@@ -80,7 +80,7 @@ def test_exact_mode_keeps_its_bits_through_changes_of_world(
 
 def first_gradient(values: dict[str, Any]) -> tuple[torch.Tensor, dict[str, float], torch.Tensor]:
     world = join(make_config(1))
-    engine = make_engine(make_config(world.size, **values), world)
+    engine = build(make_config(world.size, **values), world)
     train(engine, 0, 1)
     with engine.eval_model() as model:
         running = torch.cat([b.reshape(-1).float() for b in model.buffers()])
