@@ -244,17 +244,27 @@ def _refuse_outside(places: list[Place | None], groups: list[str | tuple[str, st
 def _held_out(rows: np.ndarray, labels: np.ndarray, work: WorkPaths,
               fraction: float) -> np.ndarray:
     """Row indices of the val split: of every class the `fraction` whose names hash lowest, so that
-    neither order nor machine matters and a class is never held out whole."""
+    neither order nor machine matters. What a class is short of a whole image carries over to the
+    next one, so small classes count too; a class of several images is never held out whole.
+
+    Raises: SourceError where that leaves a split empty.
+    """
     blob = work.names.read_bytes()
     hashes = np.array([xxhash.xxh3_64_intdigest(blob[at:at + length]) for at, length
                        in zip(rows["name_at"].tolist(), rows["name_len"].tolist(), strict=True)],
                       np.uint64)
-    chosen = []
+    chosen, owed = [], 0.0
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
-        count = min(round(fraction * len(members)), len(members) - 1)
+        owed += fraction * len(members)
+        count = min(round(owed), max(len(members) - 1, 1))
+        owed -= count
         chosen.append(members[np.argsort(hashes[members], kind="stable")[:count]])
-    return np.concatenate(chosen)
+    held_out = np.concatenate(chosen)
+    if not 0 < len(held_out) < len(labels):
+        raise SourceError(f"val_fraction = {fraction}: would hold out {len(held_out)} of "
+                          f"{len(labels)} images; choose another fraction")
+    return held_out
 
 
 def _shard_count(samples: int, shard_samples: int | None, mean_bytes: float | None) -> int:
