@@ -22,10 +22,10 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import PIL
-from PIL import features
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from data_prep import jpeg
 from data_prep.beton import write_atomically
 from data_prep.images import Encoding
 from data_prep.plan import Plan, ShardId, WorkPaths, load_plan, make_plan
@@ -73,6 +73,9 @@ class ConvertConfig:
     quality: Annotated[int, Field(ge=1, le=100)] = 90
     longer_side: Count | None = None  # shrink images whose longer side exceeds it, as FFCV does
     shorter_side: Count | None = None  # shrink images whose shorter side exceeds it
+    # apply: turn images as their EXIF orientation says; ignore: leave them as Pillow's and
+    # torchvision's plain loading would.
+    exif: Literal["apply", "ignore"] = "apply"
     split: str | None = None  # name of the split, where the source has none of its own
     val_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None  # of a source without val
     outside: Literal["refuse", "ignore"] = "refuse"  # images that lie in no class folder
@@ -168,7 +171,7 @@ DIGITAL_BYTES = 3072.0  # 32 x 32 RGB
 
 def codec_versions() -> dict[str, str | None]:
     """What the stored bytes depend on besides source and options."""
-    return {"pillow": PIL.__version__, "libjpeg": features.version("libjpeg_turbo")}
+    return {"pillow": PIL.__version__, "libjpeg-turbo": jpeg.libjpeg_version()}
 
 
 def encoding_of(plan: Plan) -> Encoding:
@@ -176,7 +179,7 @@ def encoding_of(plan: Plan) -> Encoding:
     return Encoding(image=options["encoding"], raw_fraction=options["raw_fraction"],
                     longer_side=options["longer_side"], shorter_side=options["shorter_side"],
                     quality=options["quality"], keep=options["keep"],
-                    max_pixels=options["max_pixels"])
+                    exif=options["exif"], max_pixels=options["max_pixels"])
 
 
 def run(plan: Plan, workers: int, progress: bool, shards: list[ShardId] | None = None) -> None:
@@ -241,10 +244,14 @@ def finish(plan: Plan, source: str, config: ConvertConfig) -> Manifest:
         format_version=FORMAT_VERSION, name=config.name or plan.dst.resolve().name,
         classes=plan.classes, splits=splits,
         encoding={key: plan.options[key] for key in
-                  ("encoding", "raw_fraction", "keep", "quality", "longer_side", "shorter_side")}
+                  ("encoding", "raw_fraction", "keep", "quality", "longer_side", "shorter_side",
+                   "exif")}
         | {"codec": plan.fingerprint["codec"]},
         mean=mean, std=std, image_size=size, pixel_mean_sha256=pixel_mean,
-        source=source_record(plan, source) | {"rejected": rejected, "files": extra_files(paths)})
+        source=source_record(plan, source) | {
+            "measured_images": sum(record.measured for shard, record in records.items()
+                                   if shard.split == trained),
+            "rejected": rejected, "files": extra_files(paths)})
     manifest = sealed(manifest)
     for split in plan.splits:
         for leftover in (plan.dst / split.name).glob(".*.tmp"):  # of attempts that were killed
@@ -351,6 +358,7 @@ def _mean_std(records: list[Record]) -> tuple[tuple[float, float, float],
                                               tuple[float, float, float]]:
     """Per channel in [0, 1], from integer sums, so that no order of shards can change a bit."""
     count = sum(record.pixels for record in records)
+    assert count, "no image was measured"
     mean, std = [], []
     for channel in range(3):
         total = sum(record.sums[channel] for record in records)

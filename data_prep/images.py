@@ -2,7 +2,10 @@
 
 In: an encoded file, or RGB pixels. Out: a JPEG stream or raw pixels, always RGB or grey, 8 bits, as
 a person sees the image: orientation applied, transparency laid over white, 16-bit values scaled,
-palettes resolved, CMYK converted, the first frame of several. Same input, same bytes.
+palettes resolved, CMYK converted, the first frame of several. A JPEG that fits stays as it is but
+for restart markers and dropped metadata. Same input, same bytes.
+
+Decoding is strict: where libjpeg would warn and fill in pixels of its own, the image is unreadable.
 """
 
 from __future__ import annotations
@@ -14,12 +17,15 @@ import zlib
 from dataclasses import dataclass
 
 import numpy as np
+import xxhash
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from data_prep import jpeg
 from data_prep.beton import MODE_JPEG, MODE_RAW
+from data_prep.jpeg import Header, JpegError
 from data_prep.sources import Unreadable
 
-FORMATS = ("JPEG", "MPO", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM")
+FORMATS = ("PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM")
 MAX_SIDE = 65_500  # libjpeg's limit; FFCV keeps 16 bits
 Image.MAX_IMAGE_PIXELS = None  # our own limit is checked before any pixel is decoded
 
@@ -34,6 +40,7 @@ class Encoding:
     shorter_side: int | None
     quality: int
     keep: bool
+    exif: str  # "apply" or "ignore" the orientation
     max_pixels: int
 
 
@@ -43,30 +50,53 @@ class Encoded:
     width: int
     height: int
     data: bytes
-    pixels: np.ndarray  # uint8 [height, width, 3], what a loader will see
+
+    def pixels(self) -> np.ndarray:
+        """uint8 RGB [height, width, 3], as a loader will see it."""
+        if self.mode == MODE_RAW:
+            return np.frombuffer(self.data, np.uint8).reshape(self.height, self.width, 3)
+        return jpeg.decode(self.data, self.width, self.height)
 
 
 def encode(raw: bytes | np.ndarray, encoding: Encoding, name: str) -> Encoded:
     """Raises: Unreadable with the reason."""
-    jpeg = isinstance(raw, bytes) and raw[:2] == b"\xff\xd8"
-    pixels = raw if isinstance(raw, np.ndarray) else decode(raw, encoding.max_pixels)
-    target = fitted(pixels.shape[1], pixels.shape[0], encoding)
-    if target != (pixels.shape[1], pixels.shape[0]):
-        pixels = np.asarray(Image.fromarray(pixels).resize(target, Image.Resampling.BOX))
-        jpeg = False
-    height, width = pixels.shape[:2]
     as_raw = encoding.image == "raw" or (
-        encoding.image == "mixed" and zlib.crc32(name.encode("utf-8", "surrogateescape"))
-        < encoding.raw_fraction * 2**32)
-    if as_raw:
-        return Encoded(MODE_RAW, width, height, np.ascontiguousarray(pixels).tobytes(), pixels)
-    if jpeg and encoding.keep and isinstance(raw, bytes) and _is_plain_baseline(raw):
-        return Encoded(MODE_JPEG, width, height, raw, pixels)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=encoding.quality, subsampling="4:2:0",
-                                 restart_marker_rows=1)
-    data = buffer.getvalue()
-    return Encoded(MODE_JPEG, width, height, data, np.asarray(Image.open(io.BytesIO(data))))
+        encoding.image == "mixed" and _draw(name) < encoding.raw_fraction)
+    try:
+        if isinstance(raw, bytes) and raw[:2] == b"\xff\xd8":
+            header = jpeg.inspect(raw)
+            _refuse_pixels(header.width, header.height, encoding.max_pixels)
+            upright = header.orientation == 1 or encoding.exif == "ignore"
+            size = fitted(header.width, header.height, encoding)
+            fits = size == (header.width, header.height)
+            if encoding.keep and fits and upright and header.is_common and not as_raw:
+                return Encoded(MODE_JPEG, *size, jpeg.with_restarts(raw))
+            pixels = _decode_jpeg(raw, header, size)
+            if not upright:
+                pixels = _turned(pixels, header.orientation)
+        elif isinstance(raw, bytes):
+            pixels = _shrunk(_decode_other(raw, encoding), encoding)
+        else:
+            _refuse_pixels(raw.shape[1], raw.shape[0], encoding.max_pixels)
+            pixels = _shrunk(raw, encoding)
+        height, width = pixels.shape[:2]
+        if as_raw:
+            return Encoded(MODE_RAW, width, height, np.ascontiguousarray(pixels).tobytes())
+        return Encoded(MODE_JPEG, width, height, jpeg.encode(pixels, encoding.quality))
+    except JpegError as error:
+        raise Unreadable(f"cannot be decoded ({error})") from None
+
+
+def _draw(name: str) -> float:
+    """Uniform in [0, 1), a function of the name alone."""
+    return xxhash.xxh3_64_intdigest(name.encode("utf-8", "surrogateescape"), seed=1) / 2**64
+
+
+def _refuse_pixels(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise Unreadable(f"has {width} x {height} pixels, more than max_pixels = {max_pixels}")
+    if max(width, height) > MAX_SIDE:
+        raise Unreadable(f"has {width} x {height} pixels; a side may have {MAX_SIDE}")
 
 
 def fitted(width: int, height: int, encoding: Encoding) -> tuple[int, int]:
@@ -80,25 +110,48 @@ def fitted(width: int, height: int, encoding: Encoding) -> tuple[int, int]:
     return max(1, round(width * limit / side)), max(1, round(height * limit / side))
 
 
-def decode(data: bytes, max_pixels: int) -> np.ndarray:
-    """uint8 RGB [height, width, 3] of any supported file. Raises: Unreadable."""
+def _shrunk(pixels: np.ndarray, encoding: Encoding) -> np.ndarray:
+    height, width = pixels.shape[:2]
+    size = fitted(width, height, encoding)
+    return pixels if size == (width, height) else jpeg.shrink(pixels, *size)
+
+
+def _decode_jpeg(data: bytes, header: Header, size: tuple[int, int]) -> np.ndarray:
+    """RGB of (width, height) `size`, at most the file's own. CMYK is proven whole by the strict
+    decoder first, then converted by Pillow, which knows Adobe's inverted inks."""
+    if header.components != 4:
+        return jpeg.decode(data, *size)
+    jpeg.check(data)
+    with Image.open(io.BytesIO(data), formats=("JPEG", "MPO")) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    return pixels if size == (header.width, header.height) else jpeg.shrink(pixels, *size)
+
+
+_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+          4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+          6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+          8: Image.Transpose.ROTATE_90}
+
+
+def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    return np.asarray(Image.fromarray(pixels).transpose(_TURNS[orientation]))
+
+
+def _decode_other(data: bytes, encoding: Encoding) -> np.ndarray:
+    """uint8 RGB [height, width, 3] of any other format that Pillow reads. Raises: Unreadable."""
     if not data:
         raise Unreadable("is empty")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                width, height = image.size
-                if width * height > max_pixels or max(width, height) > MAX_SIDE:
-                    raise Unreadable(f"has {width} x {height} pixels, more than max_pixels = "
-                                     f"{max_pixels} or a side above {MAX_SIDE}")
+                _refuse_pixels(*image.size, encoding.max_pixels)
                 image.load()
-                return np.asarray(to_rgb(ImageOps.exif_transpose(image)))
+                upright = ImageOps.exif_transpose(image) if encoding.exif == "apply" else image
+                return np.asarray(to_rgb(upright))
     except UnidentifiedImageError:
         raise Unreadable("is not an image of a known format") from None
-    except Unreadable:
-        raise
-    except MemoryError:
+    except (Unreadable, MemoryError):
         raise
     except (OSError, ValueError, SyntaxError, struct.error, EOFError, IndexError, KeyError,
             TypeError, AttributeError, OverflowError, zlib.error, RuntimeError) as error:
@@ -121,20 +174,3 @@ def to_rgb(image: Image.Image) -> Image.Image:
         paper = Image.new("RGBA", visible.size, (255, 255, 255, 255))
         return Image.alpha_composite(paper, visible).convert("RGB")
     return image.convert("RGB")
-
-
-def _is_plain_baseline(data: bytes) -> bool:
-    """8-bit Huffman-coded baseline, grey or YCbCr, no rotation: what every decoder reads alike."""
-    at = 2
-    while at + 4 <= len(data):
-        if data[at] != 0xFF:
-            return False
-        marker, length = data[at + 1], int.from_bytes(data[at + 2:at + 4], "big")
-        if marker == 0xE1 and data[at + 4:at + 8] == b"Exif":
-            return False
-        if marker == 0xC0:
-            return data[at + 4] == 8 and data[at + 9] in (1, 3)
-        if marker == 0xDA or (0xC1 <= marker <= 0xCF and marker not in (0xC4, 0xCC)):
-            return False
-        at += 2 + length
-    return False

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
+from data_prep import jpeg
 from data_prep.beton import Stored, write_atomically, write_shard
 from data_prep.images import Encoding, encode
 from data_prep.plan import Plan, ShardId
@@ -32,7 +34,8 @@ class Record:
     samples: int
     bytes: int
     sha256: str
-    pixels: int  # of all images
+    measured: int  # images that the sums are over, see `measure_every`
+    pixels: int  # of those
     sums: tuple[int, int, int]  # of the stored pixels, per channel
     squares: tuple[int, int, int]
     image_size: tuple[int, int] | None  # (height, width) where all images share one
@@ -48,7 +51,8 @@ def convert_shard(plan: Plan, shard: ShardId, reader: Reader, encoding: Encoding
     rows, names = plan.shard_rows(shard)
     stored: list[Stored] = []
     rejected: list[tuple[str, str]] = []
-    sums, squares, pixels = np.zeros(3, np.int64), np.zeros(3, np.int64), 0
+    totals, measured, measured_pixels = np.zeros(6, np.int64), 0, 0
+    every = measure_every(plan.split(shard.split).samples)
     sizes: set[tuple[int, int]] = set()
     per_pixel: np.ndarray | None = None
     for row, name in zip(rows, names, strict=True):
@@ -60,15 +64,18 @@ def convert_shard(plan: Plan, shard: ShardId, reader: Reader, encoding: Encoding
             rejected.append((name, str(reason)))
             continue
         stored.append(Stored(image.mode, image.width, image.height, image.data, int(row["label"])))
-        flat = image.pixels.reshape(-1, 3)
-        sums += flat.sum(axis=0, dtype=np.int64)
-        squares += np.einsum("ij,ij->j", flat, flat, dtype=np.int64)
-        pixels += len(flat)
         sizes.add((image.height, image.width))
-        if len(sizes) == 1 and len(flat) <= SMALL_IMAGE_PIXELS:
+        small = image.height * image.width <= SMALL_IMAGE_PIXELS
+        if not small and not _is_measured(name, every):
+            continue
+        pixels = image.pixels()
+        jpeg.add_sums(pixels, totals)
+        measured += 1
+        measured_pixels += image.height * image.width
+        if small and len(sizes) == 1:
             if per_pixel is None:
-                per_pixel = np.zeros(image.pixels.shape, np.int64)
-            per_pixel += image.pixels
+                per_pixel = np.zeros(pixels.shape, np.int64)
+            per_pixel += pixels
     path = plan.shard_path(shard)
     length, sha = 0, ""
     if stored:
@@ -78,13 +85,26 @@ def convert_shard(plan: Plan, shard: ShardId, reader: Reader, encoding: Encoding
         buffer = io.BytesIO()
         np.save(buffer, per_pixel)
         write_atomically(plan.work.pixel_sums(shard), buffer.getvalue())
-    record = Record(key=plan.key, samples=len(stored), bytes=length, sha256=sha, pixels=pixels,
-                    sums=_triple(sums), squares=_triple(squares),
+    record = Record(key=plan.key, samples=len(stored), bytes=length, sha256=sha, measured=measured,
+                    pixels=measured_pixels, sums=_triple(totals[:3]), squares=_triple(totals[3:]),
                     image_size=next(iter(sizes)) if len(sizes) == 1 else None,
                     rejected=tuple(rejected))
     text = json.dumps(asdict(record), sort_keys=True)
     write_atomically(plan.work.record(shard), text.encode())
     return record
+
+
+def measure_every(samples: int) -> int:
+    """One large image in so many is decoded for mean and standard deviation; small ones all are.
+
+    Decoding costs more than all other work on an image that is kept as it is. A thousand images
+    fix the mean to 0.004, the 80,000 of ImageNet to 0.0005 (images' own means vary by 0.13).
+    """
+    return min(max(samples // 1024, 1), 16)
+
+
+def _is_measured(name: str, every: int) -> bool:
+    return xxhash.xxh3_64_intdigest(name.encode("utf-8", "surrogateescape")) % every == 0
 
 
 def _triple(values: np.ndarray) -> tuple[int, int, int]:

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from data_prep import jpeg
 from data_prep.beton import MODE_JPEG, Damaged, ShardIndex, digest, read_index
 from data_prep.convert import seal_of
-from data_prep.images import decode
+from data_prep.jpeg import JpegError
 from data_prep.progress import Ticker
-from data_prep.sources import Unreadable
 from resnet_dist.config import ConfigError
 from resnet_dist.data.manifest import Manifest, dump_manifest, load_manifest
 from resnet_dist.paths import DatasetPaths
@@ -124,8 +124,7 @@ def check_shard(path: Path, samples: int, length: int, sha256: str, classes: int
         where = int(np.argmax(labels >= classes))
         problems.append(f"sample {where}: label {labels[where]} of {classes} classes")
         labels = nothing
-    if not intact or deep:
-        problems += list(_check_samples(path, index, deep))
+    problems += list(_check_samples(path, index, deep))
     if not intact and not problems:
         problems.append("its SHA-256 is not the manifest's (a byte outside the samples differs)")
     return problems, labels
@@ -147,13 +146,16 @@ def _check_samples(path: Path, index: ShardIndex, deep: bool) -> Iterator[str]:
 
 
 def _check_jpeg(data: bytes, width: int, height: int, deep: bool) -> str | None:
+    """The JPEG's header must say what the metadata says; `deep`: and every pixel must decode."""
     try:
-        pixels = decode(data, 1 << 62)
-    except Unreadable as reason:
-        return str(reason)
-    if pixels.shape[:2] != (height, width):
-        return (f"its JPEG has {pixels.shape[1]} x {pixels.shape[0]} pixels, the metadata says "
-                f"{width} x {height}")
+        header = jpeg.inspect(data)
+        if (header.width, header.height) != (width, height):
+            return (f"its JPEG has {header.width} x {header.height} pixels, the metadata says "
+                    f"{width} x {height}")
+        if deep:
+            jpeg.check(data)
+    except JpegError as error:
+        return f"its JPEG is damaged ({error})"
     return None
 
 

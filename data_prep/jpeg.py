@@ -1,0 +1,177 @@
+"""The native JPEG functions as Python ones: bytes and arrays in, bytes and arrays out.
+
+They hold no Python lock while they work. `native/jpeg.cpp` has the contracts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+from ctypes import POINTER, byref, c_char, c_int, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ORIENTATION_TAG = 0x0112
+_MESSAGE = 256
+
+
+class JpegError(ValueError):
+    """A JPEG that libjpeg could only decode by making pixels up, or not at all."""
+
+
+class _Info(ctypes.Structure):
+    _fields_ = [("width", c_int32), ("height", c_int32), ("components", c_int32),
+                ("precision", c_int32), ("sof", c_int32), ("transform", c_int32),
+                ("h", c_int32 * 4), ("v", c_int32 * 4), ("scans_all", c_int32),
+                ("exif_at", c_int64), ("exif_size", c_int64)]
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    folder = Path(__file__).parent
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = folder / f"_native{suffix}"
+        if path.exists():
+            break
+    else:
+        raise ImportError(f"{folder / '_native'}: the native part is not built; run "
+                          "`pip install -e .` in the project")
+    library = ctypes.CDLL(str(path))
+    for name in ("dp_add_restarts", "dp_transcode", "dp_encode"):
+        getattr(library, name).restype = c_int64
+    for name in ("dp_free", "dp_shrink", "dp_sums"):
+        getattr(library, name).restype = None
+    return library
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a JPEG's headers say, none of it decoded."""
+
+    width: int
+    height: int
+    components: int
+    precision: int  # bits a sample
+    process: int  # low byte of the SOF marker: 0xC0 baseline, 0xC2 progressive, ...
+    sampling: tuple[tuple[int, int], ...]  # (horizontal, vertical) of every component
+    orientation: int  # EXIF, 1: upright
+
+    @property
+    def is_common(self) -> bool:
+        """8 bits, Huffman-coded, grey or with chroma sampled as TurboJPEG knows it."""
+        layouts = {((1, 1), (1, 1), (1, 1)), ((2, 1), (1, 1), (1, 1)), ((2, 2), (1, 1), (1, 1)),
+                   ((1, 2), (1, 1), (1, 1)), ((4, 1), (1, 1), (1, 1))}
+        return (self.precision == 8 and self.process in (0xC0, 0xC1, 0xC2)
+                and (self.components == 1 or self.sampling in layouts))
+
+
+def _fail(message: ctypes.Array[c_char]) -> JpegError:
+    return JpegError(message.value.decode("utf-8", "replace"))
+
+
+def inspect(data: bytes) -> Header:
+    """Raises: JpegError."""
+    info, message = _Info(), ctypes.create_string_buffer(_MESSAGE)
+    if _library().dp_inspect(data, c_int64(len(data)), byref(info), message, _MESSAGE):
+        raise _fail(message)
+    return Header(width=info.width, height=info.height, components=info.components,
+                  precision=info.precision, process=info.sof,
+                  sampling=tuple(zip(info.h, info.v, strict=True))[:info.components],
+                  orientation=_orientation(data[info.exif_at:info.exif_at + info.exif_size]))
+
+
+def _orientation(exif: bytes) -> int:
+    if not exif:
+        return 1
+    tags = Image.Exif()
+    try:
+        tags.load(exif)
+        value = tags.get(ORIENTATION_TAG, 1)
+    except Exception:  # damaged EXIF is as good as none: Pillow raises anything here
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def _take(pointer: c_void_p, size: int) -> bytes:
+    try:
+        return ctypes.string_at(pointer.value or 0, size)
+    finally:
+        _library().dp_free(pointer)
+
+
+def with_restarts(data: bytes) -> bytes:
+    """The same image, losslessly, as a baseline stream with a restart marker a row of MCUs.
+
+    Raises: JpegError where the stream is damaged.
+    """
+    out = c_void_p()
+    for standard_dc in (0, 1):
+        size = _library().dp_add_restarts(data, c_int64(len(data)), standard_dc, byref(out))
+        if size >= 0:
+            return _take(out, size)
+    message = ctypes.create_string_buffer(_MESSAGE)
+    size = _library().dp_transcode(data, c_int64(len(data)), byref(out), message, _MESSAGE)
+    if size < 0:
+        raise _fail(message)
+    return _take(out, size)
+
+
+def decode(data: bytes, width: int, height: int) -> np.ndarray:
+    """uint8 RGB [height, width, 3]; smaller than the file's own size: area-averaged.
+
+    Raises: JpegError, also where libjpeg would only warn and invent pixels.
+    """
+    out = np.empty((height, width, 3), np.uint8)
+    message = ctypes.create_string_buffer(_MESSAGE)
+    if _library().dp_decode(data, c_int64(len(data)), c_int(width), c_int(height),
+                            out.ctypes.data_as(c_void_p), message, _MESSAGE):
+        raise _fail(message)
+    return out
+
+
+def check(data: bytes) -> None:
+    """Decode a JPEG of any colours to nowhere. Raises: JpegError where it is not whole."""
+    message = ctypes.create_string_buffer(_MESSAGE)
+    if _library().dp_check(data, c_int64(len(data)), message, _MESSAGE):
+        raise _fail(message)
+
+
+def shrink(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Area-averaged uint8 RGB [height, width, 3]; neither side may grow."""
+    assert width <= pixels.shape[1], (width, pixels.shape)
+    assert height <= pixels.shape[0], (height, pixels.shape)
+    pixels = np.ascontiguousarray(pixels)
+    out = np.empty((height, width, 3), np.uint8)
+    _library().dp_shrink(pixels.ctypes.data_as(c_void_p), c_int(pixels.shape[1]),
+                         c_int(pixels.shape[0]), c_int(width), c_int(height),
+                         out.ctypes.data_as(c_void_p))
+    return out
+
+
+def encode(pixels: np.ndarray, quality: int) -> bytes:
+    """4:2:0 baseline JPEG of uint8 RGB [height, width, 3], a restart marker a row of MCUs."""
+    pixels = np.ascontiguousarray(pixels)
+    out, message = c_void_p(), ctypes.create_string_buffer(_MESSAGE)
+    size = _library().dp_encode(pixels.ctypes.data_as(c_void_p), c_int(pixels.shape[1]),
+                                c_int(pixels.shape[0]), c_int(quality), byref(out), message,
+                                _MESSAGE)
+    if size < 0:
+        raise _fail(message)
+    return _take(out, size)
+
+
+def add_sums(pixels: np.ndarray, totals: np.ndarray) -> None:
+    """Add sums and sums of squares per channel of uint8 RGB pixels to int64 totals [6]."""
+    pixels = np.ascontiguousarray(pixels)
+    totals_pointer = totals.ctypes.data_as(POINTER(c_int64))
+    _library().dp_sums(pixels.ctypes.data_as(c_void_p), c_int64(pixels.size // 3), totals_pointer)
+
+
+def libjpeg_version() -> str:
+    """Of the libjpeg-turbo that the native part was built with, e.g. "2.1.5"."""
+    number = int(_library().dp_libjpeg_version())
+    return f"{number // 1_000_000}.{number // 1000 % 1000}.{number % 1000}"
