@@ -16,6 +16,14 @@ setup(
             libraries=["jpeg"],  # libjpeg-turbo; Debian: libjpeg62-turbo-dev, libxxhash-dev
             extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno",
                                 "-Wall", "-Wextra", "-Wno-clobbered"],
-        )
+        ),
+        Extension(
+            "data_prep._native",
+            sources=["data_prep/native/jpeg.cpp"],
+            language="c++",
+            libraries=["jpeg"],
+            extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra",
+                                "-Wno-clobbered"],
+        ),
     ]
 )
