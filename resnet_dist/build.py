@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,8 @@ from resnet_dist.paths import DatasetPaths
 def model_of(config: Config, manifest: Manifest) -> torch.nn.Module:
     """The configured network on the CPU; the seed decides its weights."""
     torch.manual_seed(config.seed)
-    model = config.model
-    return build_model(
-        model.name, num_classes=manifest.num_classes, shortcut=model.shortcut, init=model.init,
-        zero_init_last_bn=model.zero_init_last_bn, bn_batch=config.bn_batch,
-        bn_momentum=model.bn_momentum, bn_eps=model.bn_eps, checkpointing=model.checkpointing)
+    return build_model(num_classes=manifest.num_classes, bn_batch=config.bn_batch,
+                       **dataclasses.asdict(config.model))
 
 
 def normalization_of(config: Config, manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:

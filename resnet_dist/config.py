@@ -19,7 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from resnet_dist.models.names import model_names
+from resnet_dist.models.names import MODELS, model_names
+from resnet_dist.models.options import ModelOptions, check_options
 
 _STRICT = ConfigDict(extra="forbid")
 section = dataclass(config=_STRICT, frozen=True, kw_only=True)
@@ -145,8 +146,12 @@ class CheckpointConfig:
 class EvalConfig:
     every_steps: Count = 5000
     split: str = "val"
-    resize: Count | None = 256  # shorter side before the centre crop; None: the image as it is
+    # What of an image is looked at; views.py says how. Probabilities of all views are averaged.
+    protocol: Literal["1crop", "flip", "10crop", "multiscale"] = "1crop"
+    resize: Count | None = 256  # shorter side before the crop; None: the image as it is
     size: Count = 224
+    # multiscale: shorter sides; He et al. 2015, sec. 3.4
+    scales: Annotated[tuple[Count, ...], Field(min_length=1)] = (224, 256, 384, 480, 640)
     batch_size: Count = 100  # images of one rank in one forward
 
 
@@ -181,7 +186,8 @@ class Config:
     steps: Count = 600_000  # optimizer steps in all
     batch_size: Count = 256  # images in a global batch, whatever the world
     bn_batch: Count | None = 32  # images one BatchNorm normalises over; None: a rank's micro-batch
-    micro_batch: Count | None = None  # images of one forward of one rank; None: all it has
+    # Images of one forward of one rank. None: all it has; on a CPU at most 64 or one bn_batch.
+    micro_batch: Count | None = None
     mode: Literal["fast", "exact"] = "fast"
     engine: Literal["ddp", "deepspeed"] = "ddp"
     # Of convolutions and matrix products; weights and optimizer are float32 throughout.
@@ -299,6 +305,12 @@ def validate(config: Config) -> None:
     if config.model.name not in model_names():
         near = _nearest(config.model.name, model_names())
         refuse("model.name", config.model.name, f"no such model{near}")
+    else:
+        try:
+            check_options(config.model.name, MODELS[config.model.name].family,
+                          ModelOptions(num_classes=1, **_without_name(config.model)))
+        except ValueError as error:
+            problems.append(f"model.{error}")
     batch, bn, world = config.batch_size, config.bn_batch, config.world
     if bn is not None and batch % bn:
         refuse("bn_batch", bn, f"must divide batch_size = {batch}; {_divisors(batch, bn)}")
@@ -335,6 +347,9 @@ def validate(config: Config) -> None:
     if config.eval.resize is not None and config.eval.size > config.eval.resize:
         refuse("eval.size", config.eval.size,
                f"must not exceed eval.resize = {config.eval.resize}")
+    if config.eval.protocol == "multiscale" and config.augment.normalize == "pixel":
+        refuse("eval.protocol", config.eval.protocol,
+               "a mean image has one size; use augment.normalize=mean, or eval.protocol=1crop")
     if list(config.schedule.milestones) != sorted(set(config.schedule.milestones)):
         refuse("schedule.milestones", list(config.schedule.milestones), "must increase strictly")
     if config.schedule.warmup_steps >= config.steps:
@@ -365,6 +380,10 @@ def world_problems(config: Config, world: int) -> list[str]:
                 + (f" and be a multiple of bn_batch = {bn}" if bn else "")
                 + f"; {_divisors(local, micro, atom)}"]
     return []
+
+
+def _without_name(model: ModelConfig) -> dict[str, Any]:
+    return {key: value for key, value in dataclasses.asdict(model).items() if key != "name"}
 
 
 def _divisors(total: int, near: int, multiple_of: int = 1) -> str:

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from resnet_dist import optim
 from resnet_dist.config import Config
 from resnet_dist.distributed import World, butterfly_all_reduce, tree_sum
-from resnet_dist.engine_core import Engine, Normalization
+from resnet_dist.engine_core import Engine, Normalization, images_per_forward
 from resnet_dist.losses import Targets
 from resnet_dist.models import norm
 from resnet_dist.models.keyed import set_sample_keys
@@ -59,7 +59,7 @@ class DDPEngine(Engine):
         model = self._ddp or self.module
         # Ranks are averaged, so each loss is the sum over its images times ranks / global batch.
         scale = self.world.size / self.config.batch_size
-        size = self.config.micro_batch or len(x)
+        size = images_per_forward(self.config, self.world)
         for start in range(0, len(x), size):
             part = slice(start, start + size)
             last = start + size >= len(x)

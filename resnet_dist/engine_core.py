@@ -43,6 +43,20 @@ Mix = Callable[[Tensor, Tensor], tuple[Tensor, Targets]]
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+CPU_IMAGES_PER_FORWARD = 64  # more is no faster on a CPU and costs memory: ResNet-50, 0.1 GB each
+
+
+def images_per_forward(config: Config, world: World) -> int:
+    """How many images a rank runs at once: `micro_batch`, or all it has; on a CPU, few."""
+    share = config.batch_size // world.size
+    if config.micro_batch is not None:
+        return config.micro_batch
+    if world.device.type != "cpu" or config.bn_batch is None:
+        return share
+    return max(size for size in range(config.bn_batch, share + 1, config.bn_batch)
+               if share % size == 0 and size <= max(CPU_IMAGES_PER_FORWARD, config.bn_batch))
+
+
 class Engine:
     """Training of one model; a subclass adds `_gradients`, `_update` and the optimizer's state.
 
@@ -67,7 +81,7 @@ class Engine:
         self._shift, self._scale = -mean * inv_std, inv_std / 255
         self.steps = 0  # completed by this engine and those whose state it loaded
         # loss sum, top-1 hits, top-5 hits, images: of this rank in fast mode, of all in exact mode
-        self._window = torch.zeros(4, device=world.device)
+        self._window = torch.zeros(4, dtype=torch.float64, device=world.device)
         self._exact = config.mode == "exact"
         decay = config.ema.decay
         self._ema = AveragedWeights(self.module, decay) if decay is not None else None
@@ -147,12 +161,11 @@ class Engine:
                 "top5": 100 * top5 * per_image}
 
     def _global_window(self) -> Tensor:
-        window = self._window.double()
-        return window if self._exact else all_sum(window, self.world)
+        return self._window.clone() if self._exact else all_sum(self._window.clone(), self.world)
 
     def finite(self) -> bool:
         """Whether window, weights and momentum are all numbers, on all ranks. Collective."""
-        tensors = [self._window, *self._parameters.values(), *self._state_tensors()]
+        tensors = [self._window.float(), *self._parameters.values(), *self._state_tensors()]
         largest = torch.stack([value.to(self.world.device) for value in
                                torch._foreach_norm(tensors, ord=float("inf"))])
         return not agree_max(int(not torch.isfinite(largest).all()), self.world)
@@ -268,7 +281,7 @@ class Engine:
         optimizer, rank = dict(state.optimizer), self.world.rank
         same_world = state.ranks["bn_running"].shape[0] == self.world.size
         copy_into(self.module.state_dict(), state.model, "model")
-        window = optimizer.pop("window").float()
+        window = optimizer.pop("window")
         self.steps = int(optimizer.pop("steps"))
         averages = {name: optimizer.pop(name) for name in list(optimizer) if name[:4] == "ema/"}
         if same_world:

@@ -22,7 +22,8 @@ _TAGS = {
     "train": {"loss": "train/loss", "top1": "train/top1", "top5": "train/top5",
               "lr": "train/lr", "images_per_s": "speed/images_per_s", "step_s": "speed/step_s",
               "data_s": "speed/data_s"},
-    "val": {"loss": "val/loss", "top1": "val/top1", "top5": "val/top5"},
+    "val": {f"{weights}{key}": f"val/{weights}{key}" for weights in ("", "ema_")
+            for key in ("loss", "top1", "top5")},
 }
 
 

@@ -37,10 +37,11 @@ from resnet_dist.data.loader import DataError
 from resnet_dist.data.manifest import Manifest, check_dataset, manifest_fingerprint
 from resnet_dist.data.random import sample_keys
 from resnet_dist.distributed import World, broadcast_int, init_world, shutdown
-from resnet_dist.engine import DDPEngine
+from resnet_dist.engine import make_engine
+from resnet_dist.engine_core import Engine
 from resnet_dist.evaluate import evaluate
 from resnet_dist.metrics import Metrics
-from resnet_dist.optim import lr_at
+from resnet_dist.optim import Observed, lr_at
 from resnet_dist.paths import RunPaths
 from resnet_dist.preemption import SignalFlag
 
@@ -60,9 +61,10 @@ def train(run: RunPaths, config: Config, world: World, signals: SignalFlag) -> i
     Raises: Diverged, DataError, CheckpointError, ConfigError.
     """
     manifest = check_dataset(config)
-    engine = DDPEngine(model_of(config, manifest), config, world,
-                       normalization_of(config, manifest))
-    resumed = step = restore(run, engine, world)
+    engine = make_engine(model_of(config, manifest), config, world,
+                         normalization_of(config, manifest))
+    step, seen = restore(run, engine, world)
+    resumed = step
     metrics = Metrics(run, step) if world.rank == 0 else None
     writer = CheckpointWriter(run, config.checkpoint.keep_last) if world.rank == 0 else None
     note = f"resumed at step {step}" if step else "started"
@@ -79,7 +81,7 @@ def train(run: RunPaths, config: Config, world: World, signals: SignalFlag) -> i
             with clock.waiting():
                 batch = next(batches)
             assert batch.step == step
-            lr = lr_at(config.schedule, config.optimizer.lr, step, config.steps)
+            lr = lr_at(config.schedule, config.optimizer.lr, step, config.steps, seen)
             keys = torch.from_numpy(sample_keys(config.seed, batch.epochs, batch.sample_ids))
             engine.train_step(batch.images, batch.labels, keys, lr)
             step += 1
@@ -89,13 +91,15 @@ def train(run: RunPaths, config: Config, world: World, signals: SignalFlag) -> i
 
             if last or step % config.log.every_steps == 0:
                 values = engine.read_window()
+                seen = seen.trained(step, 100 - values["top1"], config.schedule)
                 if metrics:
                     metrics.write("train", step,
                                   {**values, "lr": lr, **clock.speed(step, config.batch_size)})
                 clock.restart(step)
             if last or step % config.eval.every_steps == 0:
-                with clock.paused(), engine.eval_model() as model:
-                    result = evaluate(model, engine.normalize, eval_loader(config, world), world)
+                with clock.paused():
+                    result = validate(engine, config, world)
+                seen = seen.validated(step, 100 - result["top1"])
                 if metrics:
                     metrics.write("val", step, result)
                 log.info("step %d: validation top-1 %.2f%%", step, result["top1"])
@@ -106,14 +110,14 @@ def train(run: RunPaths, config: Config, world: World, signals: SignalFlag) -> i
                 state = engine.state()
                 if metrics and writer:
                     metrics.flush()
-                    writer.save(step, state, describe(config, manifest, world))
+                    writer.save(step, state, describe(config, manifest, world, seen))
             if writer:
                 report(writer.finished(), metrics)
     signals.settle()
     if writer and metrics:
         # The last state must be on disk before anyone is told so.
         if step > resumed and report(writer.wait(), metrics) != step:
-            raise CheckpointError(f"step {step}: the last checkpoint could not be written")
+            raise OSError(f"step {step}: the last checkpoint could not be written")
         metrics.close()
     if stop and step < config.steps:
         log.info("saved at step %d because of signal %d", step, stop)
@@ -121,10 +125,10 @@ def train(run: RunPaths, config: Config, world: World, signals: SignalFlag) -> i
     return FINISHED
 
 
-def restore(run: RunPaths, engine: DDPEngine, world: World) -> int:
-    """Load the newest valid checkpoint on every rank; its step, or 0 without any. Collective.
+def restore(run: RunPaths, engine: Engine, world: World) -> tuple[int, Observed]:
+    """Load the newest valid checkpoint, where there is one: its step, and what was seen until then.
 
-    Rank 0 chooses; every rank reads and hashes what it loads. Raises: CheckpointError.
+    Rank 0 chooses; every rank reads and hashes what it loads. Collective. Raises: CheckpointError.
     """
     step = 0
     if world.rank == 0:
@@ -132,15 +136,32 @@ def restore(run: RunPaths, engine: DDPEngine, world: World) -> int:
         found = newest_valid(run)
         step = found[0].step if found else 0
     step = broadcast_int(step, world)
-    if step:
-        engine.load(load(run.checkpoint(step))[0])
-    return step
+    if not step:
+        return 0, Observed()
+    state, meta = load(run.checkpoint(step))
+    engine.load(state)
+    return step, Observed.from_meta(meta["observed"])
 
 
-def describe(config: Config, manifest: Manifest, world: World) -> dict[str, Any]:
+def validate(engine: Engine, config: Config, world: World) -> dict[str, float]:
+    """Accuracy now; of the averaged weights too, as ema_..., where the run keeps them. Collective.
+
+    Leaves no trace in the run's bits.
+    """
+    with engine.eval_model() as model:
+        result = evaluate(model, engine.normalize, eval_loader(config, world), world)
+    if config.ema.decay is not None:
+        with engine.eval_model(ema=True) as model:
+            averaged = evaluate(model, engine.normalize, eval_loader(config, world), world)
+        result |= {f"ema_{key}": value for key, value in averaged.items() if key != "samples"}
+    return result
+
+
+def describe(config: Config, manifest: Manifest, world: World, seen: Observed) -> dict[str, Any]:
     """What a checkpoint says about the run that wrote it."""
     return {"world": world.size, "config": config_to_dict(config),
-            "dataset_sha256": manifest_fingerprint(manifest), "classes": list(manifest.classes),
+            "dataset_sha256": manifest_fingerprint(manifest),
+            "observed": seen.to_meta(), "classes": list(manifest.classes),
             "torch": torch.__version__, "python": platform.python_version(),
             "time": time.time()}
 
