@@ -1,0 +1,103 @@
+"""Both engines, the same promises: DistributedDataParallel and DeepSpeed at ZeRO 0, 1 and 2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from resnet_dist import checkpoint
+from resnet_dist.checkpoint import EngineState
+from resnet_dist.paths import RunPaths
+from tests.dist.harness import run_ranks
+from tests.dist.runs import build, digest, join, make_config, train
+
+ENGINES: list[dict[str, Any]] = [{"engine": "ddp"}] + [
+    {"engine": "deepspeed", "zero_stage": stage} for stage in (0, 1, 2)]
+IDS = ["ddp", "zero0", "zero1", "zero2"]
+
+
+def resumed_and_uninterrupted(root: Path, values: dict[str, Any]) -> tuple[str, str]:
+    world = join(make_config(1))
+    config = make_config(world.size, **values)
+    engine = build(config, world)
+    train(engine, 0, 3)
+    saved = engine.state()
+    run = RunPaths(root)
+    if world.rank == 0:
+        checkpoint.write(run, 3, saved, {})
+    train(engine, 3, 6)
+    straight = digest(engine.state())
+    again = build(config, world)
+    again.load(checkpoint.load(run.checkpoint(3))[0])
+    train(again, 3, 6)
+    return straight, digest(again.state())
+
+
+@pytest.mark.parametrize("values", ENGINES, ids=IDS)
+def test_resume_equals_uninterrupted(values: dict[str, Any], tmp_path: Path) -> None:
+    values = {**values, "precision": "bf16", "micro_batch": 8, "optimizer": {"decay": "weights"},
+              "ema": {"decay": 0.9}}
+    results = run_ranks(resumed_and_uninterrupted, 2, tmp_path, values)
+    for straight, resumed in results:
+        assert straight == resumed == results[0][0]
+
+
+def continue_from(saved: EngineState | None, start: int, stop: int,
+                  values: dict[str, Any]) -> EngineState:
+    world = join(make_config(1))
+    engine = build(make_config(world.size, **values), world)
+    if saved is not None:
+        engine.load(saved)
+    train(engine, start, stop)
+    return engine.state()
+
+
+def momentum(state: EngineState) -> torch.Tensor:
+    keys = sorted(key for key in state.optimizer if key.startswith("momentum_buffer/"))
+    return torch.cat([state.optimizer[key].reshape(-1) for key in keys])
+
+
+def test_first_gradients_of_all_engines_agree() -> None:
+    """Without decay the momentum after one step is the gradient."""
+    plain = {"optimizer": {"weight_decay": 0.0}}
+    first, *others = [run_ranks(continue_from, 2, None, 0, 1, {**values, **plain})[0]
+                      for values in ENGINES]
+    for state in others:
+        difference = (momentum(state) - momentum(first)).norm()
+        assert difference / momentum(first).norm() < 1e-5
+        torch.testing.assert_close(state.optimizer["window"], first.optimizer["window"])
+
+
+@pytest.fixture(scope="module")
+def saved_by() -> dict[str, EngineState]:
+    """A state after two steps, of either engine; two parameter groups, averaged weights."""
+    values = {"optimizer": {"decay": "weights"}, "ema": {"decay": 0.9}}
+    return {name: run_ranks(continue_from, 2, None, 0, 2, {**ENGINES[index], **values})[0]
+            for name, index in (("ddp", 0), ("zero2", 3))}
+
+
+@pytest.mark.parametrize(("writer", "reader", "world"), [
+    ("ddp", 1, 2), ("ddp", 2, 1), ("ddp", 3, 4), ("zero2", 0, 4), ("zero2", 2, 1)],
+    ids=lambda value: IDS[value] if isinstance(value, int) and value < 4 else str(value))
+def test_each_engine_resumes_the_others_checkpoints_at_any_world(
+        saved_by: dict[str, EngineState], writer: str, reader: int, world: int) -> None:
+    """What is loaded is what was saved, to the bit; and the next step is the writer's."""
+    values = {"optimizer": {"decay": "weights"}, "ema": {"decay": 0.9}, **ENGINES[reader]}
+    saved = saved_by[writer]
+    again, after = run_ranks(load_and_step, world, saved, values)[0]
+    assert digest(again, ranks=False) == digest(saved, ranks=False)
+    expected = run_ranks(continue_from, 2, saved, 2, 3, {**values, **ENGINES[0], "zero_stage": 0})
+    difference = (momentum(after) - momentum(expected[0])).norm()
+    assert difference / momentum(expected[0]).norm() < 1e-5
+
+
+def load_and_step(saved: EngineState, values: dict[str, Any]) -> tuple[EngineState, EngineState]:
+    world = join(make_config(1))
+    engine = build(make_config(world.size, **values), world)
+    engine.load(saved)
+    again = engine.state()
+    train(engine, 2, 3)
+    return again, engine.state()
