@@ -1,19 +1,23 @@
-"""Builds the native decoder; everything else about the package stands in pyproject.toml.
+"""Builds the native decoders; everything else about the package stands in pyproject.toml.
 
-The result is a plain shared library without a Python API, loaded with ctypes. It must run on any
-x86-64 node whatever node built it, so there is no -march here: hot loops carry their own clones.
+The results are plain shared libraries without a Python API, loaded with ctypes. They must run on any
+x86-64 node whatever node built it, so there is no -march here: hot loops choose their code when they
+run.
 """
 
 from setuptools import Extension, setup
+
+NATIVE = "resnet_dist/data/native"
 
 setup(
     ext_modules=[
         Extension(
             "resnet_dist.data._native",
-            sources=["resnet_dist/data/native/decode.cpp", "resnet_dist/data/native/resize.cpp"],
-            depends=["resnet_dist/data/native/native.h"],
+            sources=[f"{NATIVE}/{name}.cpp"
+                     for name in ("decode", "huffman", "kernels", "resize", "taps")],
+            depends=[f"{NATIVE}/native.h", f"{NATIVE}/huffman.h"],
             language="c++",
-            libraries=["jpeg"],  # libjpeg-turbo; Debian: libjpeg62-turbo-dev, libxxhash-dev
+            libraries=["jpeg"],  # libjpeg-turbo; Debian: libjpeg-dev, libxxhash-dev
             extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno",
                                 "-Wall", "-Wextra", "-Wno-clobbered"],
         ),

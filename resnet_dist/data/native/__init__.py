@@ -51,6 +51,11 @@ def last_error() -> str:
     return _library.rd_last_error().decode("utf-8", "replace")
 
 
+def only_portable(on: bool) -> None:
+    """For tests: run the kernels that any processor has, in the whole process."""
+    _library.rd_only_portable(int(on))
+
+
 def digest(data: bytes) -> int:
     """XXH3-64 of stored image bytes as the signed integer that the `digest` field holds."""
     value = _library.rd_digest(data, len(data))

@@ -16,6 +16,7 @@
 #define XXH_INLINE_ALL
 #include <xxhash.h>
 
+#include "huffman.h"
 #include "native.h"
 
 #if JPEG_LIB_VERSION >= 70  // the names of libjpeg's newer interfaces
@@ -36,6 +37,7 @@ enum Mode { kJpeg = 0, kRaw = 1 };
 struct Failure {
   jpeg_error_mgr manager;
   jmp_buf jump;
+  const char* damage;  // found by our own entropy decoder; else null, and libjpeg has the reason
 };
 
 struct Decoder {
@@ -44,6 +46,7 @@ struct Decoder {
   char message[JMSG_LENGTH_MAX + 64];
   std::vector<uint8_t> planes[3], row, picture;
   std::vector<JSAMPROW> rows[3];
+  ScanReader scan;
 
   Decoder();
   ~Decoder() { jpeg_destroy_decompress(&info); }
@@ -88,7 +91,10 @@ int fail(Decoder& d, Status status, const char* text) {
 
 int fail_jpeg(Decoder& d) {
   char text[JMSG_LENGTH_MAX];
-  d.info.err->format_message(reinterpret_cast<j_common_ptr>(&d.info), text);
+  if (d.failure.damage)
+    std::snprintf(text, sizeof text, "%s", d.failure.damage);
+  else
+    d.info.err->format_message(reinterpret_cast<j_common_ptr>(&d.info), text);
   jpeg_abort_decompress(&d.info);
   std::snprintf(d.message, sizeof d.message, "JPEG does not decode: %s", text);
   return kCorrupt;
@@ -109,7 +115,7 @@ void window(double start, double extent, int limit, int margin, int* low, int* h
 
 // Whether the three components can be resized each at its own resolution.
 bool planar(const jpeg_decompress_struct& info) {
-  if (info.jpeg_color_space != JCS_YCbCr || info.num_components != 3 || info.progressive_mode)
+  if (info.jpeg_color_space != JCS_YCbCr || info.num_components != 3 || !ScanReader::supports(info))
     return false;
   const jpeg_component_info* c = info.comp_info;
   if (c[0].h_samp_factor != info.max_h_samp_factor || c[0].v_samp_factor != info.max_v_samp_factor)
@@ -124,39 +130,58 @@ bool planar(const jpeg_decompress_struct& info) {
   return true;
 }
 
+[[noreturn]] void on_damage(j_decompress_ptr info, const char* why) {
+  auto* failure = reinterpret_cast<Failure*>(info->err);
+  failure->damage = why;
+  longjmp(failure->jump, 1);
+}
+
+// Room for `count` bytes and for wide reads past them.
+void grow(std::vector<uint8_t>& buffer, size_t count) {
+  if (buffer.size() < count + 64) buffer.resize(count + 64);
+}
+
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// Header read, box known: component planes of the rows that the box needs, then the resize.
+// Header read, box known: the planes of the MCUs that the box touches, then the resize.
 void decode_planar(Decoder& d, const Plan& plan, uint8_t* out, int out_h, int out_w) {
   jpeg_decompress_struct& info = d.info;
   const int by = reduction(plan, out_h, out_w);
+  const int mcu_h = 8 * info.max_v_samp_factor, mcu_w = 8 * info.max_h_samp_factor;
+  int low, high;
+  Window mcus;
+  window(plan.top, plan.height, info.image_height, 3 * by, &low, &high);
+  mcus.row0 = low / mcu_h;
+  mcus.row1 = ceil_div(high, mcu_h);
+  window(plan.left, plan.width, info.image_width, 3 * by, &low, &high);
+  mcus.col0 = low / mcu_w;
+  mcus.col1 = ceil_div(high, mcu_w);
+  const uint8_t* stream = info.src->next_input_byte;
+  if (const char* why = d.scan.prepare(info, stream, stream + info.src->bytes_in_buffer, mcus))
+    on_damage(&info, why);
   info.scale_num = 8 / by;
   info.scale_denom = 8;
   info.raw_data_out = TRUE;
   info.dct_method = JDCT_ISLOW;
-  int low, high;
-  window(plan.top, plan.height, info.image_height, 4 * by, &low, &high);
   jpeg_start_decompress(&info);
+  d.scan.attach(info, on_damage);
   const int block = info.MIN_DCT_SIZE;
   const int lines = info.max_v_samp_factor * block;  // output lines of one row of MCUs
-  const int mcu_rows = ceil_div(ceil_div(high, by), lines);
-  const int mcu_cols = ceil_div(info.output_width, info.max_h_samp_factor * block);
+  const int mcu_rows = mcus.row1 - mcus.row0, mcu_cols = mcus.col1 - mcus.col0;
   Plane planes[3];
   JSAMPARRAY pointers[3];
   for (int c = 0; c < 3; ++c) {
     const jpeg_component_info& comp = info.comp_info[c];
-    const int rows = comp.v_samp_factor * comp.DCT_SIZE;
-    const ptrdiff_t stride = (ptrdiff_t(mcu_cols) * comp.h_samp_factor * comp.DCT_SIZE + 63) /
-                             64 * 64;
-    const size_t need = stride * rows * mcu_rows + 64;
-    if (d.planes[c].size() < need) d.planes[c].resize(need);
+    const int rows = comp.v_samp_factor * comp.DCT_SIZE, cols = comp.h_samp_factor * comp.DCT_SIZE;
+    const ptrdiff_t stride = (ptrdiff_t(mcu_cols) * cols + 63) / 64 * 64;
+    grow(d.planes[c], stride * rows * mcu_rows);
     d.rows[c].resize(rows);
     planes[c].data = d.planes[c].data();
     planes[c].stride = stride;
     planes[c].cols = comp.downsampled_width;
-    planes[c].rows = std::min<int>(comp.downsampled_height, rows * mcu_rows);
-    planes[c].halved_x = info.max_h_samp_factor * block > comp.h_samp_factor * comp.DCT_SIZE;
-    planes[c].halved_y = info.max_v_samp_factor * block > comp.v_samp_factor * comp.DCT_SIZE;
+    planes[c].rows = comp.downsampled_height;
+    planes[c].halved_x = info.max_h_samp_factor * block > cols;
+    planes[c].halved_y = info.max_v_samp_factor * block > rows;
   }
   for (int r = 0; r < mcu_rows; ++r) {
     for (int c = 0; c < 3; ++c) {
@@ -168,8 +193,9 @@ void decode_planar(Decoder& d, const Plan& plan, uint8_t* out, int out_h, int ou
     jpeg_read_raw_data(&info, pointers, lines);
   }
   jpeg_abort_decompress(&info);
-  resize_planes(planes, true, plan.top / by, plan.left / by, plan.height / by, plan.width / by,
-                plan.flip, plan.shift, out, out_h, out_w);
+  resize_planes(planes, true, (plan.top - mcus.row0 * mcu_h) / by,
+                (plan.left - mcus.col0 * mcu_w) / by, plan.height / by, plan.width / by, plan.flip,
+                plan.shift, out, out_h, out_w);
 }
 
 // Interleaved RGB rows [low, high) of the picture, at 1/by of its size, into `d.picture`.
@@ -200,8 +226,7 @@ void resize_interleaved(Decoder& d, const uint8_t* pixels, int rows, int cols, d
   const ptrdiff_t stride = (x1 - x0 + 63) / 64 * 64;
   Plane planes[3];
   for (int c = 0; c < 3; ++c) {
-    const size_t need = stride * rows + 64;
-    if (d.planes[c].size() < need) d.planes[c].resize(need);
+    grow(d.planes[c], stride * rows);
     uint8_t* plane = d.planes[c].data();
     for (int y = 0; y < rows; ++y) {
       const uint8_t* source = pixels + (ptrdiff_t(y) * cols + x0) * 3 + c;
@@ -256,6 +281,7 @@ int check_plan(Decoder& d, const Plan& plan, int height, int width, int out_h, i
 int decode_jpeg(Decoder& d, const uint8_t* data, uint64_t size, int height, int width,
                 const Plan& plan, const uint8_t* pad, uint8_t* out, int out_h, int out_w) {
   jpeg_decompress_struct& info = d.info;
+  d.failure.damage = nullptr;
   if (setjmp(d.failure.jump)) return fail_jpeg(d);
   jpeg_mem_src(&info, const_cast<uint8_t*>(data), size);
   jpeg_read_header(&info, TRUE);
@@ -322,3 +348,6 @@ EXPORT const char* rd_last_error() { return decoder().message; }
 EXPORT uint64_t rd_digest(const uint8_t* data, uint64_t size) { return XXH3_64bits(data, size); }
 
 EXPORT uint64_t rd_plan_bytes() { return sizeof(Plan); }
+
+// For tests: use the portable kernels, whatever this processor has.
+EXPORT void rd_only_portable(int on) { only_portable = on; }

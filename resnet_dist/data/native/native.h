@@ -1,15 +1,10 @@
-// Shared by the native sources: the plan of one image, planes, and the resize.
+// Shared by the native sources: the plan of one image, planes, weights, and the kernels.
 #pragma once
-#include <cstdint>
 #include <cstddef>
+#include <cstdint>
+#include <vector>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
-#else
-#define CLONES
-#endif
-
-// What happens to one image. Mirrored by PLAN in resnet_dist/data/native.py.
+// What happens to one image. Mirrored by PLAN in native/__init__.py.
 struct Plan {
   double top, left, height, width;  // the box, in source pixels, from the corner of the image
   int32_t flip;                     // mirror left-right
@@ -18,11 +13,11 @@ struct Plan {
   int32_t reserved;
 };
 
-// One channel of a decoded window. `samples_per_pixel` is 1 or 1/2 of the window's pixels.
+// One channel of a decoded window. `data` may be read 64 bytes past the last sample.
 struct Plane {
   const uint8_t* data;
-  ptrdiff_t stride;   // bytes between rows
-  int rows, cols;     // samples that exist; beyond them the edge is repeated
+  ptrdiff_t stride;        // bytes between rows
+  int rows, cols;          // samples that exist; beyond them the edge is repeated
   int halved_y, halved_x;  // 1: the channel has half the window's pixels along this axis
 };
 
@@ -31,3 +26,35 @@ struct Plane {
 void resize_planes(const Plane planes[3], bool ycc, double top, double left, double height,
                    double width, int flip, const float shift[3], uint8_t* out, int out_h,
                    int out_w);
+
+// Output i = sum over t < width of weight[i * width + t] * source[first[i] + t], weights in Q15.
+struct Taps {
+  int width = 0;
+  std::vector<int> first;
+  std::vector<int16_t> weight;
+};
+
+// Weights of `out` output pixels that cover [start, start + extent) of an axis of `count` samples.
+void build_taps(Taps& taps, double start, double extent, int out, int count, bool halved,
+                bool reverse);
+
+constexpr int kLanes = 32;  // output rows that the horizontal pass treats together
+
+// Kernels. Values are int16 with 7 fractional bits. Every implementation gives the same bits.
+struct Kernels {
+  // One output row of the vertical pass; writes up to 31 values more than `cols`.
+  void (*vertical)(const uint8_t* rows, ptrdiff_t stride, const int16_t* weight, int taps, int cols,
+                   int16_t* out);
+  // [kLanes, cols] at `stride` -> [cols, kLanes]; cols is a multiple of 8.
+  void (*transpose)(const int16_t* in, ptrdiff_t stride, int cols, int16_t* out);
+  // [cols, kLanes] -> [out_w, kLanes].
+  void (*horizontal)(const int16_t* in, const Taps& taps, int out_w, int16_t* out);
+  // Y, Cb, Cr -> R, G, B in place, `count` values each (a multiple of kLanes).
+  void (*ycc_to_rgb)(int16_t* y, int16_t* cb, int16_t* cr, int count);
+  // Add `shift`, round, clamp: three [out_w, kLanes] -> `rows` rows of interleaved bytes.
+  void (*interleave)(const int16_t* const rgb[3], const int16_t shift[3], int out_w, int rows,
+                     uint8_t* out);
+};
+
+const Kernels& kernels();  // the fastest that this processor runs
+extern bool only_portable;   // for tests: as if the processor had no vector units

@@ -1,0 +1,214 @@
+"""The native decoder against Pillow's pixels and a resize in float64."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from resnet_dist.data import native
+from tests.unit.data_samples import decoded, jpeg, photographs, picture
+
+
+def axis_weights(start: float, extent: float, out: int, count: int) -> np.ndarray:
+    """float64 [out, count]: area coverage when shrinking, linear between centres when enlarging."""
+    weights = np.zeros((out, count))
+    step = extent / out
+    for i in range(out):
+        low, high = start + i * step, start + (i + 1) * step
+        if step >= 1:
+            for pixel in range(int(np.floor(low)), int(np.ceil(high - 1e-9))):
+                share = (min(high, pixel + 1) - max(low, pixel)) / step
+                weights[i, min(max(pixel, 0), count - 1)] += share
+        else:
+            centre = (low + high) / 2 - 0.5
+            left = int(np.floor(centre))
+            for pixel, share in ((left, 1 - (centre - left)), (left + 1, centre - left)):
+                weights[i, min(max(pixel, 0), count - 1)] += share
+    return weights
+
+
+def slow_resize(pixels: np.ndarray, box: tuple, out: int, flip: bool = False) -> np.ndarray:
+    """float64 [out, out, 3] of `box` (top, left, height, width) of fully decoded `pixels`."""
+    top, left, height, width = box
+    rows = axis_weights(top, height, out, pixels.shape[0])
+    cols = axis_weights(left, width, out, pixels.shape[1])
+    result = np.einsum("ih,hwc,jw->ijc", rows, pixels.astype(np.float64), cols, optimize=True)
+    return result[:, ::-1] if flip else result
+
+
+def plan_of(box: tuple, *, flip: bool = False, copy: bool = False,
+            shift: tuple = (0, 0, 0)) -> np.ndarray:
+    plan = np.zeros(1, native.PLAN)
+    plan["top"], plan["left"], plan["height"], plan["width"] = box
+    plan["flip"], plan["copy"], plan["shift"] = flip, copy, shift
+    return plan
+
+
+@st.composite
+def crops(draw: st.DrawFn) -> tuple:
+    height, width = draw(st.integers(9, 150)), draw(st.integers(9, 150))
+    box_h = draw(st.floats(2, height))
+    box_w = draw(st.floats(2, width))
+    top, left = draw(st.floats(0, 1)) * (height - box_h), draw(st.floats(0, 1)) * (width - box_w)
+    return height, width, (top, left, box_h, box_w), draw(st.sampled_from([8, 17, 32, 45, 64]))
+
+
+ENCODINGS = {
+    "4:2:0, a marker per row": {"subsampling": 2},
+    "4:2:0, no markers": {"subsampling": 2, "restart": False},
+    "4:2:2": {"subsampling": 1},
+    "4:4:4": {"subsampling": 0},
+    "markers anywhere": {"subsampling": 2, "restart": False, "restart_marker_blocks": 3},
+    "optimal tables": {"subsampling": 2, "optimize": True, "quality": 97},
+    "progressive": {"subsampling": 2, "progressive": True},
+}
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@given(crop=crops(), flip=st.booleans(), seed=st.integers(0, 50))
+@settings(max_examples=40, deadline=None)
+def test_any_crop_equals_a_float64_resize_of_the_whole_picture(encoding, crop, flip, seed):
+    height, width, box, size = crop
+    stream = jpeg(picture(seed, height, width), **ENCODINGS[encoding])
+    ours = native.decode_one(stream, native.JPEG, height, width, plan_of(box, flip=flip),
+                             (size, size))
+    expected = slow_resize(decoded(stream), box, size, flip)
+    difference = np.abs(ours - expected)
+    reduced = min(box[2], box[3]) >= 2 * size  # decoded at half size: another, shorter filter
+    assert difference.mean() < (4 if reduced else 1.5)
+    assert reduced or np.quantile(difference, 0.98) < 6
+
+
+@given(crop=crops(), flip=st.booleans(), seed=st.integers(0, 50))
+@settings(max_examples=40, deadline=None)
+def test_raw_crops_equal_a_float64_resize(crop, flip, seed):
+    height, width, box, size = crop
+    pixels = picture(seed, height, width)
+    ours = native.decode_one(pixels.tobytes(), native.RAW, height, width, plan_of(box, flip=flip),
+                             (size, size))
+    assert np.abs(ours - slow_resize(pixels, box, size, flip)).max() <= 0.6
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@given(crop=crops(), seed=st.integers(0, 50))
+@settings(max_examples=15, deadline=None)
+def test_every_kernel_gives_the_same_bits(encoding, crop, seed):
+    height, width, box, size = crop
+    stream = jpeg(picture(seed, height, width), **ENCODINGS[encoding])
+    args = (stream, native.JPEG, height, width, plan_of(box, shift=(3.3, -9.7, 0)), (size, size))
+    fast = native.decode_one(*args)
+    native.only_portable(True)
+    try:
+        slow = native.decode_one(*args)
+    finally:
+        native.only_portable(False)
+    assert np.array_equal(fast, slow)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_copied_boxes_are_pillows_pixels(encoding, flip):
+    stream = jpeg(picture(1, 70, 90), **ENCODINGS[encoding])
+    ours = native.decode_one(stream, native.JPEG, 70, 90,
+                             plan_of((11, 23, 40, 40), flip=flip, copy=True), (40, 40))
+    assert np.array_equal(ours, decoded(stream)[11:51, 23:63][:, ::-1 if flip else 1])
+
+
+def test_grey_pictures_become_three_equal_channels():
+    stream = io.BytesIO()
+    Image.fromarray(picture(3, 80, 60)[..., 0]).save(stream, "JPEG")
+    ours = native.decode_one(stream.getvalue(), native.JPEG, 80, 60, plan_of((5, 5, 50, 50)),
+                             (32, 32))
+    assert (ours[..., 0] == ours[..., 1]).all()
+    assert (ours[..., 0] == ours[..., 2]).all()
+    assert np.abs(ours - slow_resize(decoded(stream.getvalue()), (5, 5, 50, 50), 32)).max() <= 1
+
+
+def test_the_colour_shift_moves_every_pixel_by_its_level():
+    pixels = np.full((40, 40, 3), 100, np.uint8)
+    for copy, size in ((True, 40), (False, 32)):
+        ours = native.decode_one(pixels.tobytes(), native.RAW, 40, 40,
+                                 plan_of((0, 0, 40, 40), copy=copy, shift=(5, -7, 160)),
+                                 (size, size))
+        assert ours.reshape(-1, 3).tolist() == [[105, 93, 255]] * size**2
+
+
+@pytest.mark.parametrize(("plan", "reason"), [
+    (plan_of((0, 0, 70, 90.5)), "leaves the picture"), (plan_of((-1, 0, 9, 9)), "leaves"),
+    (plan_of((0, 0, 0, 9)), "empty"), (plan_of((0, float("nan"), 9, 9)), "finite"),
+    (plan_of((0, 0, 9, 9), shift=(0, 300, 0)), "colour shift"),
+])
+def test_impossible_plans_are_refused(plan, reason):
+    with pytest.raises(ValueError, match=reason):
+        native.decode_one(jpeg(picture(0, 70, 90)), native.JPEG, 70, 90, plan, (8, 8))
+
+
+def test_metadata_that_contradict_the_jpeg_are_refused():
+    with pytest.raises(ValueError, match=r"70 x 90 .* metadata say 90 x 70"):
+        native.decode_one(jpeg(picture(0, 70, 90)), native.JPEG, 90, 70, plan_of((0, 0, 9, 9)),
+                          (8, 8))
+
+
+@pytest.mark.parametrize("restart", [True, False])
+@pytest.mark.parametrize("copy", [True, False])
+def test_a_cut_jpeg_is_refused_wherever_the_crop_needs_what_is_missing(restart, copy):
+    stream = jpeg(picture(0, 70, 90), restart=restart)
+    for keep in range(0, len(stream) - 40, 37):
+        with pytest.raises(ValueError, match="does not decode"):
+            native.decode_one(stream[:keep], native.JPEG, 70, 90,
+                              plan_of((0, 0, 70, 70), copy=copy), (70, 70) if copy else (32, 32))
+
+
+FUZZ = """
+import sys, numpy as np
+from resnet_dist.data import native
+from tests.unit.data_samples import jpeg, picture
+rng = np.random.default_rng(int(sys.argv[1]))
+streams = [jpeg(picture(s, 70, 90), subsampling=s % 3, restart=s % 2 == 0, progressive=s == 4)
+           for s in range(6)]
+refused = 0
+for case in range(int(sys.argv[2])):
+    stream = bytearray(streams[case % len(streams)])
+    for _ in range(rng.integers(1, 6)):
+        at = int(rng.integers(0, len(stream)))
+        action = rng.integers(0, 3)
+        if action == 0: stream[at] = rng.integers(0, 256)
+        elif action == 1: del stream[at:at + int(rng.integers(1, 40))]
+        else: stream[at:at] = rng.integers(0, 256, rng.integers(1, 20), np.uint8).tobytes()
+    plan = np.zeros(1, native.PLAN)
+    plan["top"], plan["left"] = rng.integers(0, 20), rng.integers(0, 20)
+    plan["height"], plan["width"] = rng.integers(5, 50), rng.integers(5, 50)
+    try:
+        native.decode_one(bytes(stream), 0, 70, 90, plan, (32, 32))
+    except ValueError:
+        refused += 1
+print(refused)
+"""
+
+
+def test_damaged_jpegs_never_end_the_process():
+    done = subprocess.run([sys.executable, "-c", FUZZ, "1", "3000"], capture_output=True, text=True,
+                          timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert 500 < int(done.stdout) < 3000
+
+
+def test_photographs_are_as_sharp_as_a_float64_resize():
+    rng = np.random.default_rng(0)
+    errors = []
+    for stream in photographs(25):
+        pixels = decoded(stream)
+        height, width = pixels.shape[:2]
+        box_h, box_w = int(rng.integers(60, height)), int(rng.integers(60, width))
+        box = (int(rng.integers(0, height - box_h)), int(rng.integers(0, width - box_w)), box_h,
+               box_w)
+        ours = native.decode_one(stream, native.JPEG, height, width, plan_of(box), (224, 224))
+        errors.append(np.abs(ours - slow_resize(pixels, box, 224)).mean())
+    assert np.mean(errors) < 0.45
