@@ -61,6 +61,19 @@ class AugmentConfig:
     ratio: tuple[Positive, Positive] = (0.75, 4 / 3)  # random_resized_crop: width / height
     pad: Natural = 4  # pad_crop: pixels on every side
     pca: NonNegative = 0.0  # standard deviation of the PCA colour draw; He et al. 2015: 0.1
+    # Colour jitter: each factor is drawn from [1 - value, 1 + value], in a drawn order.
+    brightness: Fraction = 0.0
+    contrast: Fraction = 0.0
+    saturation: Fraction = 0.0
+    # RandAugment as timm's rand-mM-mstdS-inc1: ops an image (0: off), M and S.
+    rand_ops: Annotated[int, Field(ge=0, le=8)] = 0
+    rand_magnitude: Annotated[float, Field(ge=0, le=10)] = 7.0
+    rand_std: NonNegative = 0.5
+    erase: Fraction = 0.0  # probability of random erasing; Zhong et al. 2017
+    mixup: NonNegative = 0.0  # alpha of Beta(alpha, alpha); 0: off. Zhang et al. 2017
+    cutmix: NonNegative = 0.0  # likewise; with both on, a coin decides. Yun et al. 2019
+    # Progressive resizing: [epoch, size] pairs; a size holds for batches that begin from there on.
+    sizes: tuple[tuple[Natural, Count], ...] = ()
     # channel: (x - mean) / std per channel; mean: x - mean per channel;
     # pixel: x - mean image (small images of one size only).
     normalize: Literal["channel", "mean", "pixel"] = "channel"
@@ -140,6 +153,9 @@ class EmaConfig:
 class CheckpointConfig:
     every_steps: Count = 1000
     keep_last: Count = 3
+
+
+EVAL_PROTOCOLS = ("1crop", "flip", "10crop", "multiscale")
 
 
 @section
@@ -342,6 +358,13 @@ def validate(config: Config) -> None:
         low, high = getattr(augment, key)
         if low > high:
             refuse(f"augment.{key}", [low, high], "write the smaller number first")
+    epochs = [epoch for epoch, _ in augment.sizes]
+    if epochs != sorted(set(epochs)):
+        refuse("augment.sizes", [list(pair) for pair in augment.sizes],
+               "epochs must increase strictly")
+    if augment.sizes and augment.normalize == "pixel":
+        refuse("augment.normalize", "pixel", "the mean image has one size; use mean with "
+               "augment.sizes")
     if augment.scale[1] > 1:
         refuse("augment.scale", list(augment.scale), "is a fraction of the area: at most 1")
     if config.eval.resize is not None and config.eval.size > config.eval.resize:
