@@ -95,6 +95,11 @@ class RunPaths:
         return self.root / "stop_request"
 
     @property
+    def lease(self) -> Path:
+        """Locked by the one supervisor that runs this run; names it."""
+        return self.root / "lease"
+
+    @property
     def heartbeats(self) -> Path:
         """One file a rank; its modification time is the rank's last completed step."""
         return self.root / "heartbeats"

@@ -1,0 +1,162 @@
+"""Verbs on a run that exists: logs, stop, resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from launcher import scheduler
+from launcher.events import Process, record
+from launcher.freeze import rewrite_config
+from launcher.status import RunStatus, run_status, statuses
+from launcher.submit import submit
+from resnet_dist.config import (
+    Config,
+    ConfigError,
+    config_from_dict,
+    config_to_dict,
+    load_frozen,
+    parse_overrides,
+)
+from resnet_dist.data.manifest import check_dataset
+from resnet_dist.paths import RunPaths
+
+_STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[.,]\d+")
+_MAY_CHANGE = ("launch", "checkpoint", "log", "eval", "data")
+
+
+def print_logs(console: Console, run: RunPaths, *, rank: int | None, follow: bool) -> None:
+    """Print the ranks' logs merged by time, each line with its rank.
+
+    Args:
+        follow: go on as lines arrive, until the run is over or Ctrl-C.
+
+    Raises: ConfigError where the rank has no log.
+    """
+    files = [run.rank_log(rank)] if rank is not None else sorted(run.logs.glob("rank_*.log"))
+    if rank is not None and not files[0].exists():
+        raise ConfigError(f"--rank = {rank}: no log of it in {run.logs}")
+    if not files and not follow:
+        console.print(f"no logs yet in {run.logs}; `resnet-dist status {run.name}` says why")
+        return
+    offsets: dict[Path, int] = {}
+    try:
+        while True:
+            over = run_status(run).over  # asked before reading, so that the last lines are read
+            files = files if rank is not None else sorted(run.logs.glob("rank_*.log"))
+            lines = [line for file in files for line in _new_lines(file, offsets)]
+            for _, name, text in sorted(lines, key=lambda line: line[0]):
+                console.print(f"{name} {text}", markup=False, highlight=False, soft_wrap=True)
+            if not follow or over:
+                return
+            time.sleep(0.5)
+    except KeyboardInterrupt:
+        return
+
+
+def _new_lines(file: Path, offsets: dict[Path, int]) -> list[tuple[str, str, str]]:
+    """(time stamp, rank, text) of the whole lines since the last call.
+
+    A line without a stamp (a traceback) belongs to the stamp before it.
+    """
+    with open(file, "rb") as handle:
+        handle.seek(offsets.get(file, 0))
+        data = handle.read()
+    end = data.rfind(b"\n") + 1
+    offsets[file] = offsets.get(file, 0) + end
+    number = file.stem.removeprefix("rank_")
+    lines, stamp = [], ""
+    for text in data[:end].decode(errors="replace").splitlines():
+        found = _STAMP.match(text)
+        stamp = found[0].replace(",", ".") if found else stamp
+        lines.append((stamp, f"[{number}]", text))
+    return lines
+
+
+def stop(run: RunPaths, *, now: bool) -> str:
+    """End a run's job for good; what was done, in words. Raises: ConfigError where none is.
+
+    Args:
+        now: without a checkpoint.
+    """
+    status = _asked(run)
+    if status.over:
+        raise ConfigError(f"RUN = {run.name}: is {status.state}, there is nothing to stop")
+    if status.where == "slurm" and (now or status.state in ("pending", "requeued")):
+        if refusal := scheduler.cancel(status.job, kill=now):
+            raise ConfigError(f"RUN = {run.name}: SLURM did not cancel job {status.job} "
+                              f"({refusal}); try again, or scancel {status.job}")
+        record(run, "stopped", cause="stopped at once" if now else "stopped before it began",
+               step=status.checkpoint_step or 0)
+        return f"job {status.job} is cancelled"
+    if now:
+        return _kill_here(run, status)
+    run.stop_request.touch(mode=0o600)
+    return f"asked the job to save and stop; `resnet-dist status {run.name}` shows when it has"
+
+
+def _kill_here(run: RunPaths, status: RunStatus) -> str:
+    started = [event for event in status.events if event["event"] == "started"]
+    process = Process.of(started[-1]) if started else None
+    alive = process.alive() if process else False
+    if alive is None and process:
+        raise ConfigError(f"RUN = {run.name}: runs on {process.host}; stop it there, or without "
+                          "--now from here")
+    if alive and process:
+        os.kill(process.pid, signal.SIGKILL)  # the kernel then kills its workers
+    record(run, "stopped", cause="stopped at once", step=status.checkpoint_step or 0)
+    return "killed"
+
+
+def resume(run: RunPaths, overrides: list[str], *, local: bool) -> str:
+    """Queue a stopped, failed or finished run again; the job's id.
+
+    What defines the training (model, batch, seed, schedule, ...) cannot change.
+
+    Raises: ConfigError.
+    """
+    status = _asked(run)
+    if not status.over:
+        raise ConfigError(f"RUN = {run.name}: is {status.state} as job {status.job}; "
+                          f"`resnet-dist stop {run.name}` first")
+    frozen = load_frozen(run.config)
+    config = _changed(frozen, overrides)
+    done = status.checkpoint_step or 0
+    if done >= config.steps:
+        raise ConfigError(f"steps = {config.steps}: the run has finished step {done}; "
+                          f"give it more, e.g. steps={done + max(1, done // 10)}")
+    if config.data != frozen.data:
+        config = dataclasses.replace(config, data=dataclasses.replace(
+            config.data, path=os.path.abspath(str(config.data.path))))
+        check_dataset(config)
+    if config != frozen:
+        rewrite_config(run, config)
+    return submit(config, run, local=local or status.where == "local")
+
+
+def _asked(run: RunPaths) -> RunStatus:
+    """The run's status with SLURM's word."""
+    return statuses([run])[0][0]
+
+
+def _changed(frozen: Config, overrides: list[str]) -> Config:
+    """The frozen configuration with overrides. Raises: ConfigError on what must not change."""
+    tree = parse_overrides(overrides)
+    if isinstance(tree.get("data"), str):
+        tree["data"] = {"path": tree["data"]}
+    for key in tree:
+        if key != "steps" and key not in _MAY_CHANGE:
+            raise ConfigError(f"{key} = {tree[key]}: defines the training and cannot change when "
+                              "it resumes; only steps, "
+                              + ", ".join(f"{section}.*" for section in _MAY_CHANGE)
+                              + " can. Start another run with name=OTHER")
+    merged = OmegaConf.to_container(OmegaConf.merge(config_to_dict(frozen), tree))
+    assert isinstance(merged, dict)
+    return config_from_dict({str(key): value for key, value in merged.items()})

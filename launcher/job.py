@@ -1,0 +1,80 @@
+"""The job that submitit runs: one task a node, and that task is the node's supervisor.
+
+The pickle holds one path and nothing else: after a requeue the same pickle runs again and the run
+continues from its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from pathlib import Path
+
+from launcher.scheduler import node_names
+from launcher.supervisor import Place, Supervisor, log_to_stderr
+from resnet_dist.config import load_frozen
+from resnet_dist.paths import RunPaths
+
+REQUEUE_CODE = 77  # where SLURM has RequeueExit=77
+USERS_GPUS = "RESNET_DIST_CUDA_VISIBLE_DEVICES"
+
+
+class RunFailed(Exception):
+    """The run ended and another attempt would not help; the message is the cause."""
+
+
+class TrainJob:
+    """Supervise the run in `run_dir` on this node.
+
+    It has no `checkpoint` method on purpose: the supervisor handles signals, submitit does not.
+    """
+
+    def __init__(self, run_dir: str) -> None:
+        self.run_dir = run_dir
+
+    def __call__(self) -> str:
+        """Returns: "finished", "stopped", "requeued" or "followed". Raises: RunFailed."""
+        os.umask(0o077)
+        run = RunPaths(Path(self.run_dir))
+        refuse_foreign(run)
+        place = here()
+        log_to_stderr(place.node)
+        if place.where == "local":
+            _restore_gpus()
+        outcome = Supervisor(run, load_frozen(run.config), place).run()
+        if outcome.kind == "failed":
+            raise RunFailed(outcome.cause)
+        if outcome.kind == "requeue":
+            sys.exit(REQUEUE_CODE)
+        return outcome.kind
+
+
+def here() -> Place:
+    """This task's place, from the environment that SLURM or submitit's local executor made."""
+    environment = os.environ
+    if environment.get("SUBMITIT_EXECUTOR") == "slurm":
+        return Place("slurm", job=environment["SLURM_JOB_ID"],
+                     restart=int(environment.get("SLURM_RESTART_COUNT", 0)),
+                     node=int(environment["SLURM_NODEID"]),
+                     names=tuple(node_names(environment["SLURM_JOB_NODELIST"])))
+    return Place("local", job=environment["SUBMITIT_LOCAL_JOB_ID"])
+
+
+def refuse_foreign(run: RunPaths) -> None:
+    """Raises: RunFailed where another user could have written what this job trusts."""
+    for folder in (run.root, run.submitit):
+        facts = folder.stat()
+        if facts.st_uid != os.getuid() or facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise RunFailed(f"{folder}: must belong to uid {os.getuid()} and be writable by nobody "
+                            f"else; it belongs to uid {facts.st_uid}, mode "
+                            f"{stat.filemode(facts.st_mode)}")
+
+
+def _restore_gpus() -> None:
+    """submitit's local executor hides all GPUs that were not asked for by number."""
+    own = os.environ.pop(USERS_GPUS, None)
+    if own is None:
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = own

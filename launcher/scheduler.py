@@ -1,0 +1,130 @@
+"""What the launcher asks of SLURM, with short patience: it may be down while training goes on."""
+
+from __future__ import annotations
+
+import getpass
+import logging
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+log = logging.getLogger(__name__)
+
+
+def have_slurm() -> bool:
+    return shutil.which("sbatch") is not None and shutil.which("srun") is not None
+
+
+def slurm_answers() -> bool:
+    """Whether there is a cluster to submit to: programs alone may be installed without one."""
+    return have_slurm() and _ask(["scontrol", "ping"], 5) is not None
+
+
+@dataclass(frozen=True)
+class JobFacts:
+    """A job as the controller knows it."""
+
+    state: str
+    restarts: int
+    preempted: bool  # within GraceTime: warned, still running, soon to be requeued
+
+
+def job_facts(job: str) -> JobFacts | None:
+    """None where SLURM does not answer."""
+    text = _ask(["scontrol", "show", "job", "--oneliner", job], 5)
+    if text is None:
+        return None
+    values = dict(re.findall(r"(\w+)=(\S*)", text))
+    return JobFacts(values.get("JobState", ""), int(values.get("Restarts") or 0),
+                    values.get("PreemptTime", "None") not in ("None", ""))
+
+
+def requeue(job: str, patience_s: float) -> bool:
+    """Put the job, which is ours and runs, back into the queue; False when SLURM did not obey."""
+    deadline, pause = time.monotonic() + patience_s, 0.5
+    while True:
+        if _ask(["scontrol", "requeue", job], 10) is not None:
+            return True
+        if time.monotonic() + pause > deadline:
+            return False
+        log.warning("scontrol requeue %s did not work; again in %.1f s", job, pause)
+        time.sleep(pause)
+        pause *= 2
+
+
+def cancel(job: str, *, kill: bool) -> str | None:
+    """End a job for good; `kill`: without the grace in which it saves. Returns SLURM's refusal."""
+    refusal = _refusal(["scancel", job])
+    if kill and refusal is None:
+        _refusal(["scancel", "--full", "--signal=KILL", job])
+    return refusal
+
+
+@dataclass(frozen=True)
+class Queued:
+    """One line of squeue or sacct."""
+
+    state: str
+    reason: str
+    nodes: str
+
+
+def queue_states(jobs: Iterable[str], timeout_s: float = 5) -> dict[str, Queued] | None:
+    """State of each job, from one call of squeue, and one of sacct for those squeue has forgotten.
+
+    None where SLURM does not answer.
+    """
+    wanted = set(jobs)
+    if not wanted or not have_slurm():
+        return {} if not wanted else None
+    text = _ask(["squeue", "--noheader", "--states=all", "--user", getpass.getuser(),
+                 "--format=%A|%T|%r|%N"], timeout_s)
+    if text is None:
+        return None
+    found = {}
+    for line in text.splitlines():
+        job, state, reason, nodes = [*line.strip().split("|"), "", "", ""][:4]
+        if job in wanted:
+            found[job] = Queued(state, reason, nodes)
+    if rest := wanted - set(found):
+        text = _ask(["sacct", "--noheader", "--allocations", "--parsable2", "--format",
+                     "JobID,State,NodeList", "--jobs", ",".join(sorted(rest))], timeout_s) or ""
+        for line in text.splitlines():
+            job, state, nodes = [*line.split("|"), "", ""][:3]
+            found[job] = Queued(state.split()[0] if state else "", "", nodes)
+    return found
+
+
+def node_names(node_list: str) -> list[str]:
+    """`n[1-2],login` -> `["n1", "n2", "login"]`."""
+    from submitit.slurm.slurm import _parse_node_list
+
+    names: list[str] = _parse_node_list(node_list)
+    return names
+
+
+def _ask(command: list[str], timeout_s: float) -> str | None:
+    """Standard output, or None where the command fails or takes too long."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s,
+                              env={**os.environ, "LC_ALL": "C"}, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        log.warning("%s: %s", command[0], error)
+        return None
+    if done.returncode:
+        log.warning("%s: %s", " ".join(command), done.stderr.strip())
+        return None
+    return done.stdout
+
+
+def _refusal(command: list[str]) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=15,
+                              stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return None if done.returncode == 0 else (done.stderr.strip() or f"exit {done.returncode}")

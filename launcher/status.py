@@ -1,0 +1,308 @@
+"""What every run is doing, from its files first and from SLURM second.
+
+`run_status` reads the run directory alone: jobs.jsonl, the ends of metrics.jsonl, heartbeats, the
+newest commit record. `statuses` adds what SLURM says, in one call for all runs, and does without
+where SLURM does not answer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from launcher.events import LAST_WORDS, Event, Process, read_events, redone_steps
+from launcher.freeze import find_run
+from launcher.scheduler import Queued, queue_states
+from resnet_dist.paths import RunPaths
+
+_TAIL_BYTES = 65_536
+_SILENT_START_S = 120.0
+_FAILED_STATES = ("FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE",
+                  "COMPLETED")
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """One run. `top1` is in percent, of the last validation; ages and times are in seconds."""
+
+    name: str
+    state: str  # pending, running, requeued, finished, failed, stopped
+    cause: str = ""
+    job: str = ""
+    where: str = ""
+    nodes: int = 0
+    ranks: int = 0
+    step: int = 0
+    steps: int = 0
+    loss: float | None = None
+    top1: float | None = None
+    images_per_s: float | None = None
+    eta_s: float | None = None
+    checkpoint_step: int | None = None
+    checkpoint_age_s: float | None = None
+    restarts: int = 0
+    redone_steps: int = 0
+    worker_pids: tuple[int, ...] = ()  # of the current attempt on the leading node, by rank
+    events: tuple[Event, ...] = dataclasses.field(default=(), repr=False)
+
+    @property
+    def over(self) -> bool:
+        return self.state in LAST_WORDS
+
+    def as_json(self) -> dict[str, Any]:
+        return {key: value for key, value in dataclasses.asdict(self).items() if key != "events"}
+
+
+def run_status(run: RunPaths) -> RunStatus:
+    """From files alone."""
+    events = read_events(run)
+    state, cause = _state(events, time.time())
+    facts: dict[str, Any] = {}
+    for event in events:  # the newest value of each fact
+        facts.update(event)
+    attempts = [event for event in events if event["event"] == "attempt"]
+    submissions = sum(event["event"] == "submitted" for event in events)
+    train, validation = _last_metrics(run)
+    checkpoint = next((paths for paths in run.checkpoints_on_disk() if paths.state.exists()), None)
+    beats = heartbeat_steps(run, attempts[-1]["attempt"] if attempts else 0)
+    reached = [train.get("step", 0), *beats, checkpoint.step if checkpoint else 0]
+    step, steps = max(reached), facts.get("steps", 0)
+    if state == "running" and attempts:
+        step = max([*beats, attempts[-1]["step"]])
+    rate = train.get("images_per_s")
+    eta_s = None
+    if state == "running" and rate:
+        eta_s = max(0, steps - step) * facts.get("batch_size", 0) / rate
+    return RunStatus(
+        name=run.name, state=state, cause=cause, job=str(facts.get("job", "")),
+        where=facts.get("where", ""), nodes=_count(facts.get("nodes", 0)),
+        ranks=facts.get("ranks", 0), step=step, steps=steps, loss=train.get("loss"),
+        top1=validation.get("top1"), images_per_s=rate, eta_s=eta_s,
+        checkpoint_step=checkpoint.step if checkpoint else None,
+        checkpoint_age_s=max(0.0, time.time() - checkpoint.state.stat().st_mtime)
+        if checkpoint else None,
+        restarts=max(0, len(attempts) - submissions), redone_steps=redone_steps(events),
+        worker_pids=tuple(attempts[-1]["pids"]) if state == "running" and attempts else (),
+        events=tuple(events))
+
+
+def _state(events: Sequence[Event], now: float) -> tuple[str, str]:
+    """State and cause as the files tell them."""
+    state, cause, supervisor, since = "stopped", "never submitted", None, 0.0
+    where = ""
+    for event in events:
+        kind = event["event"]
+        where = event.get("where", where)
+        if kind == "submitted":
+            state, cause, supervisor, since = "pending", "", None, event["time"]
+        elif kind == "started":
+            state, cause, supervisor = "running", "", Process.of(event)
+        elif kind == "attempt":
+            state, cause = "running", ""
+        elif kind == "crashed":
+            cause = f"restarting: {event['cause']}"
+        elif kind == "requeued" and event["how"] != "in place":
+            state, cause = "requeued", event["why"]
+        elif kind in LAST_WORDS:
+            state, cause = kind, event.get("cause", "")
+    if state == "running" and supervisor and supervisor.alive() is False and where != "slurm":
+        return "failed", "the supervisor is gone without a word (killed?); `resume` continues"
+    if state == "pending" and where == "local" and now - since > _SILENT_START_S:
+        return "failed", "the job never started; see submitit/local.log in the run directory"
+    return state, cause
+
+
+def _last_metrics(run: RunPaths) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The last training and the last validation line; {} where there is none."""
+    found: dict[str, dict[str, Any]] = {"train": {}, "val": {}}
+    try:
+        with open(run.metrics, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            span = _TAIL_BYTES
+            while True:
+                file.seek(max(0, size - span))
+                _scan(file.read(span), found)
+                if all(found.values()) or span >= size:
+                    break
+                span *= 16  # validations are rare: look further back
+    except FileNotFoundError:
+        pass
+    return found["train"], found["val"]
+
+
+def _scan(text: bytes, found: dict[str, dict[str, Any]]) -> None:
+    for line in reversed(text.splitlines()):
+        try:
+            values = json.loads(line)
+            if not found[values["kind"]]:
+                found[values["kind"]] = values
+        except (ValueError, KeyError, TypeError):
+            continue  # a torn line, or the rest of one
+        if all(found.values()):
+            return
+
+
+def heartbeat_steps(run: RunPaths, attempt: int) -> list[int]:
+    """Steps that the ranks of an attempt reported last."""
+    steps = []
+    for path in run.heartbeats.glob("rank_*"):
+        try:
+            number, step = path.read_text().split()
+        except (OSError, ValueError):
+            continue
+        if int(number) == attempt:
+            steps.append(int(step))
+    return steps
+
+
+def statuses(runs: Sequence[RunPaths]) -> tuple[list[RunStatus], str]:
+    """All runs, newest event first, and a note where SLURM should have been asked in vain."""
+    found = [run_status(run) for run in runs]
+    open_jobs = {status.job for status in found
+                 if status.where == "slurm" and not status.over and status.job}
+    queue = queue_states(open_jobs)
+    note = "" if queue is not None else "SLURM does not answer; this is what the files say"
+    if queue:
+        found = [with_queue(status, queue[status.job])
+                 if status.where == "slurm" and not status.over and status.job in queue else status
+                 for status in found]
+    found.sort(key=lambda status: status.events[-1]["time"] if status.events else 0, reverse=True)
+    return found, note
+
+
+def with_queue(status: RunStatus, queued: Queued) -> RunStatus:
+    """Correct what the files say by what SLURM says."""
+    state, cause, began = queued.state, status.cause, status.state != "pending"
+    if state in ("PENDING", "REQUEUED", "SUSPENDED"):
+        return dataclasses.replace(status, state="requeued" if began else "pending",
+                                   cause=queued.reason, worker_pids=())
+    if state in ("RUNNING", "CONFIGURING") and status.state in ("pending", "requeued"):
+        return dataclasses.replace(status, state="running", cause="starting")
+    if state.startswith("CANCELLED"):
+        return dataclasses.replace(status, state="stopped", cause="cancelled in SLURM",
+                                   worker_pids=())
+    if state in _FAILED_STATES:
+        return dataclasses.replace(status, state="failed", worker_pids=(),
+                                   cause=cause or f"SLURM: {state}; see submitit/*.err")
+    return status
+
+
+def show_status(console: Console, run: str | None, runs: Path, *, watch: bool,
+                as_json: bool) -> int:
+    """Print one run in detail or a table of all. Returns the exit code: 1 where the run failed."""
+    def current() -> tuple[list[RunStatus], str]:
+        if run is not None:
+            return statuses([find_run(run, str(runs))])
+        return statuses(find_runs(runs))
+
+    found, note = current()
+    if as_json:
+        # One object a run, so that a script reads lines.
+        for status in found:
+            console.file.write(json.dumps(status.as_json()) + "\n")
+    elif not watch:
+        _print(console, found, note, detail=run is not None)
+    else:
+        found = _watch(console, current, detail=run is not None)
+    return int(run is not None and found[0].state == "failed")
+
+
+def find_runs(runs: Path) -> list[RunPaths]:
+    if not runs.is_dir():
+        return []
+    return [RunPaths(entry.absolute()) for entry in sorted(runs.iterdir())
+            if (entry / "config.yaml").is_file()]
+
+
+def _watch(console: Console, current: Any, *, detail: bool) -> list[RunStatus]:
+    """Refresh until every run is over, or until Ctrl-C."""
+    found, note = current()
+    try:
+        with Live(_table(found), console=console, auto_refresh=False) as live:
+            while not all(status.over for status in found):
+                time.sleep(2)
+                found, note = current()
+                live.update(_table(found), refresh=True)
+    except KeyboardInterrupt:
+        pass
+    if detail:
+        _print_history(console, found[0])
+    if note:
+        console.print(f"[yellow]{note}[/]")
+    return found
+
+
+def _print(console: Console, found: list[RunStatus], note: str, *, detail: bool) -> None:
+    if not found:
+        console.print("no runs yet; `resnet-dist submit CONFIG` makes one")
+    else:
+        console.print(_table(found))
+    if detail:
+        _print_history(console, found[0])
+    if note:
+        console.print(f"[yellow]{note}[/]")
+
+
+_COLOURS = {"running": "green", "finished": "bold green", "failed": "bold red", "pending": "yellow",
+            "requeued": "yellow", "stopped": "blue"}
+
+
+def _table(found: list[RunStatus]) -> Table:
+    table = Table()
+    for name, justify in (("run", "left"), ("state", "left"), ("job", "left"), ("ranks", "right"),
+                          ("step", "right"), ("loss", "right"), ("top-1", "right"),
+                          ("images/s", "right"), ("ETA", "right"), ("checkpoint", "right"),
+                          ("restarts", "right"), ("cause", "left")):
+        table.add_column(name, justify=justify,  # type: ignore[arg-type]
+                         no_wrap=name not in ("cause", "run"), overflow="fold")
+    for status in found:
+        checkpoint = "-"
+        if status.checkpoint_step is not None and status.checkpoint_age_s is not None:
+            checkpoint = f"{status.checkpoint_step:,}, {duration(status.checkpoint_age_s)} ago"
+        table.add_row(
+            status.name, f"[{_COLOURS[status.state]}]{status.state}[/]", status.job or "-",
+            f"{status.nodes} x {status.ranks // status.nodes}" if status.ranks and status.nodes
+            else "-",
+            f"{status.step:,} / {status.steps:,}", _number(status.loss, ".3f"),
+            _number(status.top1, ".2f"), _number(status.images_per_s, ",.0f"),
+            "-" if status.eta_s is None else duration(status.eta_s), checkpoint,
+            str(status.restarts), status.cause.replace("[", "\\["))
+    return table
+
+
+def _print_history(console: Console, status: RunStatus) -> None:
+    for event in status.events:
+        facts = ", ".join(f"{key} {value}" for key, value in event.items()
+                          if key not in ("time", "event", "boot", "began", "pids", "port")
+                          and value not in ("", [], None))
+        moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))
+        console.print(f"{moment}  {event['event']:<10} {facts}", markup=False, highlight=False,
+                      soft_wrap=True)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _count(nodes: int | list[str]) -> int:
+    return len(nodes) if isinstance(nodes, list) else nodes
+
+
+def duration(seconds: float) -> str:
+    """`95` -> `1m35s`; two units are enough."""
+    seconds = int(seconds)
+    for unit, size, next_unit, next_size in (("d", 86_400, "h", 3600), ("h", 3600, "m", 60),
+                                             ("m", 60, "s", 1)):
+        if seconds >= size:
+            return f"{seconds // size}{unit}{seconds % size // next_size:02d}{next_unit}"
+    return f"{seconds}s"

@@ -1,0 +1,141 @@
+"""A frozen run directory -> a job: on SLURM, or on this machine where there is no sbatch.
+
+`submit` returns when the job is queued (SLURM) or started (here). A job on this machine belongs to
+a session of its own, so it survives the terminal and the process that submitted it.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from launcher.events import record
+from launcher.job import USERS_GPUS, TrainJob
+from launcher.scheduler import have_slurm
+from resnet_dist.config import Config, ConfigError
+from resnet_dist.paths import RunPaths
+
+NO_LIMIT_MIN = 10 * 365 * 24 * 60  # submitit's local default would end a job after two minutes
+
+
+def submit(config: Config, run: RunPaths, *, local: bool = False) -> str:
+    """Queue the run; the job's id. Raises: ConfigError where it cannot be queued as configured."""
+    local = local or not have_slurm()
+    launch = config.launch
+    if local and launch.nodes != 1:
+        why = "--local runs on this machine" if have_slurm() else "there is no sbatch here"
+        raise ConfigError(f"launch.nodes = {launch.nodes}: {why}; set launch.nodes=1")
+    prepare(run)
+    run.stop_request.unlink(missing_ok=True)
+    where = "local" if local else "slurm"
+    record(run, "submitted", where=where, nodes=launch.nodes, ranks_per_node=launch.ranks_per_node,
+           steps=config.steps, batch_size=config.batch_size)
+    try:
+        job = _start_detached(run) if local else _queue(config, run)
+    except Exception as error:
+        record(run, "failed", cause=f"not submitted: {' '.join(str(error).split())[:300]}", step=0)
+        raise
+    record(run, "queued", job=job)
+    return job
+
+
+def prepare(run: RunPaths) -> None:
+    """A private folder for pickles and logs, and the secret of the control channel."""
+    if run.submitit.is_dir() and run.submitit.stat().st_uid != os.getuid():
+        raise ConfigError(f"RUN = {run.name}: {run.submitit} belongs to uid "
+                          f"{run.submitit.stat().st_uid}; pickles are only run for their owner")
+    run.submitit.mkdir(mode=0o700, exist_ok=True)
+    run.submitit.chmod(0o700)
+    run.secret.unlink(missing_ok=True)
+    with open(os.open(run.secret, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(secrets.token_hex(32))
+
+
+def sbatch_parameters(config: Config) -> dict[str, Any]:
+    """What submitit's SLURM executor is told."""
+    launch, ranks = config.launch, config.launch.ranks_per_node
+    gpus = launch.gpus_per_rank
+    if gpus is None:
+        gpus = 1 if config.device == "cuda" else 0
+    srun = ["--cpu-bind=none", "--kill-on-bad-exit=0"]
+    extra: dict[str, Any] = {"requeue": True, "open-mode": "append"}
+    if launch.cpus_per_rank is None:
+        extra["exclusive"] = True  # all cores of the nodes, as the field's default promises
+    else:
+        # srun does not take the number over from sbatch since SLURM 22.05.
+        srun.append(f"--cpus-per-task={ranks * launch.cpus_per_rank}")
+    parameters = {
+        "name": config.name, "nodes": launch.nodes, "tasks_per_node": 1,
+        "timeout_min": launch.time_minutes, "mem_gb": launch.mem_gb,
+        "cpus_per_task": ranks * launch.cpus_per_rank if launch.cpus_per_rank else None,
+        "gpus_per_node": ranks * gpus or None,
+        "slurm_partition": launch.partition, "slurm_account": launch.account,
+        "slurm_qos": launch.qos, "slurm_constraint": launch.constraint,
+        "slurm_signal_delay_s": launch.grace_s, "slurm_srun_args": srun,
+        # The batch shell must outlive the signals that end the job: while it waits for srun, the
+        # supervisors save.
+        "slurm_setup": ["trap '' TERM USR1 USR2", *launch.setup],
+        "slurm_additional_parameters": extra,
+    }
+    return {key: value for key, value in parameters.items() if value is not None}
+
+
+def _queue(config: Config, run: RunPaths) -> str:
+    import submitit
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    executor = submitit.AutoExecutor(folder=run.submitit, cluster="slurm")
+    executor.update_parameters(**sbatch_parameters(config))
+    before = os.umask(0o077)  # pickles and logs are the owner's
+    try:
+        return str(executor.submit(TrainJob(str(run.root))).job_id)
+    except (FailedJobError, FailedSubmissionError, OSError, subprocess.SubprocessError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if "sbatch" in line.lower()]
+        reason = lines[-1] if lines else " ".join(str(error).split())[:300]
+        raise ConfigError(f"launch.* : SLURM refused the job ({reason}); `sinfo` lists partitions "
+                          "and their limits, `--local` runs here") from None
+    finally:
+        os.umask(before)
+
+
+def _start_detached(run: RunPaths) -> str:
+    """Submit from a process in a session of its own, which hands its session to the job."""
+    answer = run.submitit / "local_job"
+    answer.unlink(missing_ok=True)
+    environment = dict(os.environ)
+    if "CUDA_VISIBLE_DEVICES" in environment:
+        environment[USERS_GPUS] = environment["CUDA_VISIBLE_DEVICES"]
+    with open(run.submitit / "local.log", "ab") as output:
+        process = subprocess.Popen([sys.executable, "-m", "launcher.submit", str(run.root)],
+                                   start_new_session=True, stdin=subprocess.DEVNULL, stdout=output,
+                                   stderr=subprocess.STDOUT, env=environment)
+    code = process.wait()
+    if code or not answer.exists():
+        raise RuntimeError(f"the local executor did not start (exit {code}); see {output.name}")
+    return answer.read_text().strip()
+
+
+def _submit_here(run: RunPaths) -> None:
+    """The child of `_start_detached`."""
+    import submitit
+
+    os.umask(0o077)
+    executor = submitit.LocalExecutor(folder=run.submitit)
+    executor.update_parameters(timeout_min=NO_LIMIT_MIN, tasks_per_node=1)
+    job = executor.submit(TrainJob(str(run.root)))
+    time.sleep(0.05)
+    if job._process is not None and job._process.poll() is not None:
+        sys.exit(1)
+    (run.submitit / "local_job").write_text(f"{job.job_id}\n")
+
+
+if __name__ == "__main__":
+    # Under its real name, because the pickle refers to the job's class by module.
+    from launcher import submit as module
+
+    module._submit_here(RunPaths(Path(sys.argv[1])))

@@ -1,0 +1,577 @@
+"""Supervision of a run: start the ranks, watch them, restart them, end them.
+
+One supervisor a node. That of node 0 leads: it announces attempts, collects exits, decides. The
+others only run their node's workers for it. With one node there is no socket.
+
+What ends an attempt, and what follows (imports no torch; safetensors and models are the workers'):
+
+    all workers finished             the run is finished
+    a worker failed, or hangs        all workers are killed; a new attempt in the same allocation,
+                                     unless `max_restarts` in a row brought no new checkpoint
+    a node is lost                   the same, in a new allocation
+    bad input, diverged              the run failed: another attempt would only repeat it
+    SIGUSR1, SIGUSR2                 saved, requeued (time limit, warning of a preemption)
+    SIGTERM                          saved; requeued where SLURM means that, else stopped
+    stop_request in the run folder   saved, stopped
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import IO, Any
+
+from launcher import scheduler
+from launcher.channel import Hub, Lost, Message, Wire, address_of_leader, connect, free_port
+from launcher.events import (
+    LAST_WORDS,
+    Process,
+    last_attempt,
+    read_events,
+    record,
+    restarts_without_progress,
+)
+from launcher.workers import BAD_INPUT, DIVERGED, FINISHED, Exit, Workers, train_command
+from resnet_dist.config import Config, load_frozen
+from resnet_dist.paths import RunPaths
+
+log = logging.getLogger(__name__)
+
+_LOST_PEER = re.compile(r"[Cc]onnection (was )?(closed|reset|refused|aborted)|Broken pipe|gloo|"
+                        r"NCCL|DistBackendError|DistNetworkError|DistStoreError|TCPStore")
+POLL_S = 0.05
+PARTING_S = 0.5  # after a failure: peers may still print why they end
+STACKS_S = 2.0  # after an abort: stacks of all threads are written
+GATHER_S = 120.0  # nodes of one job start within this time
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this supervisor runs."""
+
+    where: str  # "slurm", "local" (submitted, on this machine) or "foreground"
+    job: str = ""
+    restart: int = 0  # how often SLURM has requeued the job
+    node: int = 0
+    names: tuple[str, ...] = ("127.0.0.1",)
+
+    @property
+    def incarnation(self) -> str:
+        return f"{self.job}.{self.restart}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an incarnation ended: "finished", "stopped", "failed", "requeued", or "requeue" (SLURM
+    did not obey; the exit code must ask for it)."""
+
+    kind: str
+    cause: str = ""
+    code: int = 1  # where it failed: the exit code of the first worker that did
+
+
+@dataclass
+class Attempt:
+    """What is known of the attempt that runs."""
+
+    number: int
+    ranks: int
+    exits: dict[int, Exit] = field(default_factory=dict)
+    trouble: str = ""  # a lost node, a hang, a save that took too long
+    hang: bool = False
+    lost: bool = False
+    killed: bool = False
+    stop: str = ""  # why the workers were asked to save
+    failures: list[Exit] = field(default_factory=list)  # before `killed`, in the order of arrival
+
+    @property
+    def over(self) -> bool:
+        return len(self.exits) == self.ranks
+
+    @property
+    def failure(self) -> Exit | None:
+        """The worker that failed by itself: those that only lost a peer speak of it."""
+        return min(self.failures, key=lambda exit: bool(_LOST_PEER.search(exit.reason)),
+                   default=None)
+
+    @property
+    def cause(self) -> str:
+        if self.trouble or not self.failure:
+            return self.trouble
+        return f"rank {self.failure.rank}: {self.failure.reason}"
+
+
+class Signals:
+    """Stop signals received so far; the handler only notes them."""
+
+    def __init__(self) -> None:
+        self.received: list[signal.Signals] = []
+
+    @contextmanager
+    def installed(self) -> Iterator[Signals]:
+        """Replaces submitit's handlers, which know rank 0 alone, ignore SIGTERM, and act inside
+        the handler."""
+        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+        before = {number: signal.signal(number, self._note) for number in numbers}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received.append(signal.Signals(number))
+
+    @property
+    def warned(self) -> bool:
+        """Whether one of them asks for a requeue."""
+        return any(number in (signal.SIGUSR1, signal.SIGUSR2) for number in self.received)
+
+    @property
+    def final(self) -> bool:
+        """Whether one of them ends a job, as far as the signal tells."""
+        return any(number in (signal.SIGTERM, signal.SIGINT) for number in self.received)
+
+
+class Supervisor:
+    """The supervisor of one node. `run()` leads on node 0 and follows on the others.
+
+    Args:
+        command: what one rank runs; None: the training loop.
+        echo: rank 0's output is copied there (the foreground's terminal).
+    """
+
+    def __init__(self, run: RunPaths, config: Config, place: Place, *,
+                 command: Sequence[str] | None = None, echo: IO[bytes] | None = None) -> None:
+        self._run, self._config, self._place = run, config, place
+        self._signals = Signals()
+        self._workers = Workers(run, command or train_command(run), node=place.node,
+                                ranks_per_node=config.launch.ranks_per_node,
+                                hang_s=config.launch.hang_s)
+        self._hub: Hub | None = None
+        self._echo = echo
+        self._stop_seen_at = 0.0
+
+    def run(self) -> Outcome:
+        with self._signals.installed():
+            return self._follow() if self._place.node else self._lead()
+
+    # ---------------------------------------------------------------- node 0
+
+    def _lead(self) -> Outcome:
+        place = self._place
+        try:
+            why = self._gather() if len(place.names) > 1 else ""
+            with lease(self._run, place):
+                self._record("started", job=place.job, restart=place.restart, where=place.where,
+                             nodes=list(place.names), steps=self._config.steps,
+                             batch_size=self._config.batch_size, **Process.this().facts)
+                try:
+                    outcome = self._lost_node(why) if why else self._attempts()
+                except Exception as error:
+                    log.exception("the supervisor itself failed")
+                    outcome = Outcome("failed", f"supervisor: {type(error).__name__}: {error}")
+                self._workers.kill()
+                if outcome.kind in LAST_WORDS:
+                    self._record(outcome.kind, cause=outcome.cause, step=self._checkpoint())
+                return outcome
+        finally:
+            self._workers.kill()
+            if self._hub:
+                self._hub.send({"do": "end"})
+                self._hub.close()
+
+    def _gather(self) -> str:
+        """Wait for the supervisors of the other nodes; why not all came, or ""."""
+        names = self._place.names
+        secret = read_secret(self._run)
+        self._hub = Hub(address_of_leader(names[0], names[1]), self._place.incarnation, secret,
+                        len(names))
+        deadline = time.monotonic() + GATHER_S
+        while self._hub.missing:
+            if time.monotonic() > deadline:
+                absent = ", ".join(names[node] for node in self._hub.missing)
+                return f"no supervisor on {absent} within {GATHER_S:.0f} s"
+            if self._signals.received:
+                return ""
+            self._hub.accept()
+        return ""
+
+    def _attempts(self) -> Outcome:
+        while True:
+            asked = self._asked_to_stop()
+            if asked:  # between attempts there is nothing to save
+                return self._after_stop(asked)
+            attempt = self._attempt()
+            if all(exit.code == FINISHED for exit in attempt.exits.values()):
+                return Outcome("finished")
+            if attempt.stop:
+                self._record("unsaved" if attempt.cause else "saved", attempt=attempt.number,
+                             step=self._checkpoint(), why=attempt.stop, cause=attempt.cause)
+                outcome = self._after_stop(attempt.stop)
+                if outcome.kind != "again":
+                    return outcome
+                continue
+            if not attempt.cause:
+                log.warning("workers saved and left unasked; starting them again")
+                continue
+            self._record("crashed", attempt=attempt.number, cause=attempt.cause,
+                         checkpoint=self._checkpoint(), reached=self._reached(attempt.number))
+            if attempt.failure and attempt.failure.code in (BAD_INPUT, DIVERGED):
+                return Outcome("failed", attempt.cause, attempt.failure.code)
+            count = restarts_without_progress(read_events(self._run))
+            if count > self._config.launch.max_restarts:
+                return Outcome("failed", f"{attempt.cause} (gave up after {count - 1} restarts "
+                                         "without a new checkpoint)")
+            if attempt.lost:
+                return self._lost_node(attempt.cause)
+            log.warning("%s; restarting from step %d", attempt.cause, self._checkpoint())
+            self._pause(min(10.0, 0.5 * (2 ** (count - 1) - 1)))
+
+    def _attempt(self) -> Attempt:
+        """Start all workers and wait until all have ended."""
+        place, world = self._place, self._config.world
+        number = last_attempt(read_events(self._run)) + 1
+        address = address_of_leader(*place.names[:2]) if len(place.names) > 1 else "127.0.0.1"
+        port = free_port(address)
+        attempt = Attempt(number, world)
+        reached = self._reached(number - 1)
+        self._tell(attempt, {"do": "start", "attempt": number, "address": address, "port": port})
+        echoed = self._echo_from()
+        pids = self._workers.start(number, world, address, port)
+        self._record("attempt", attempt=number, step=self._checkpoint(), reached=reached,
+                     ranks=world, address=address, port=port, pids=list(pids.values()))
+        kill_at = float("inf")
+        while not attempt.over:
+            self._collect(attempt)
+            echoed = self._echo_more(echoed)
+            now = time.monotonic()
+            troubled = attempt.failures or attempt.trouble
+            if troubled and kill_at == float("inf"):
+                if attempt.hang:
+                    self._tell(attempt, {"do": "abort"})
+                    self._workers.abort()
+                kill_at = now + (STACKS_S if attempt.hang else PARTING_S)
+            if not attempt.stop and not troubled and (why := self._asked_to_stop()):
+                log.warning("%s: asking all ranks to save", why)
+                attempt.stop = why
+                self._record("signal", attempt=number, why=why)
+                self._tell(attempt, {"do": "stop"})
+                self._workers.stop()
+                kill_at = now + self._save_limit_s(why)
+            if self._signals.received.count(signal.SIGINT) > 1:
+                kill_at = min(now, kill_at)  # Ctrl-C twice
+            if now >= kill_at and not attempt.killed:
+                attempt.killed = True
+                if not troubled:
+                    attempt.trouble = "not saved in time; killed"
+                self._tell(attempt, {"do": "kill"})
+                self._take(attempt, self._workers.kill())
+            if attempt.killed and now > kill_at + 15:  # a node that neither answers nor closes
+                attempt.lost, attempt.trouble = True, attempt.trouble or "a node does not answer"
+                break
+            time.sleep(POLL_S)
+        self._echo_more(echoed)
+        return attempt
+
+    def _collect(self, attempt: Attempt) -> None:
+        """Take in what happened on all nodes since the last call."""
+        self._take(attempt, self._workers.poll())
+        for rank, silence_s in self._hung(attempt):
+            self._note_hang(attempt, rank, silence_s)
+        if not self._hub:
+            return
+        messages, lost = self._hub.receive()
+        for node, body in messages:
+            if body["kind"] == "exits":
+                self._take(attempt, [Exit(*each) for each in body["exits"]
+                                     if body["attempt"] == attempt.number])
+            elif body["kind"] == "hung" and body["attempt"] == attempt.number:
+                self._note_hang(attempt, body["rank"], body["silence_s"])
+            elif body["kind"] == "signal":
+                log.warning("node %s received %s", self._place.names[node], body["name"])
+                self._signals.received.append(signal.Signals[body["name"]])
+        self._note_lost(attempt, lost)
+
+    def _hung(self, attempt: Attempt) -> list[tuple[int, float]]:
+        return [] if attempt.stop or attempt.trouble else self._workers.hung()
+
+    def _take(self, attempt: Attempt, exits: list[Exit]) -> None:
+        for exit in exits:
+            attempt.exits[exit.rank] = exit
+            if exit.failed and not attempt.killed:
+                attempt.failures.append(exit)
+                self._record("exit", attempt=attempt.number, rank=exit.rank, code=exit.code,
+                             reason=exit.reason)
+
+    def _note_hang(self, attempt: Attempt, rank: int, silence_s: float) -> None:
+        if not attempt.trouble and not attempt.failures and not attempt.stop:
+            attempt.hang = True
+            attempt.trouble = f"rank {rank} made no step for {silence_s:.0f} s"
+
+    def _note_lost(self, attempt: Attempt, lost: list[tuple[int, str]]) -> None:
+        per_node = self._config.launch.ranks_per_node
+        for node, reason in lost:
+            attempt.lost = True
+            attempt.trouble = attempt.trouble or (
+                f"node {self._place.names[node]} is gone ({reason})")
+            for rank in range(node * per_node, (node + 1) * per_node):
+                attempt.exits.setdefault(rank, Exit(rank, -signal.SIGKILL, "its node is gone"))
+
+    def _tell(self, attempt: Attempt, body: Message) -> None:
+        if self._hub:
+            self._note_lost(attempt, self._hub.send(body))
+
+    def _asked_to_stop(self) -> str:
+        """Why the workers should save and leave, or ""."""
+        if self._signals.received:
+            return self._signals.received[0].name
+        now = time.monotonic()
+        if now - self._stop_seen_at > 0.5:  # the folder may be a network's
+            self._stop_seen_at = now
+            if self._run.stop_request.exists():
+                return "stop request"
+        return ""
+
+    def _save_limit_s(self, why: str) -> float:
+        """How long saving may take: within SLURM's patience, else as long as a step may take."""
+        if self._place.where == "slurm" and why != "stop request":
+            return 0.8 * self._config.launch.grace_s
+        return self._config.launch.hang_s
+
+    def _after_stop(self, why: str) -> Outcome:
+        """What a stop that was carried out (or had nothing to save) means."""
+        if why == "stop request":
+            self._run.stop_request.unlink(missing_ok=True)
+            return Outcome("stopped", "stop requested")
+        if self._place.where != "slurm":
+            if self._signals.final:
+                return Outcome("stopped", self._signals.received[0].name)
+            self._signals.received.clear()
+            self._record("requeued", how="in place", why=why)
+            return Outcome("again")
+        job = self._place.job
+        verdict = "requeue"
+        if self._signals.final:
+            verdict = decide(scheduler.job_facts(job), self._place.restart, self._signals.warned)
+        if verdict == "requeue":
+            return self._requeue(why)
+        if verdict == "requeued":
+            self._record("requeued", how="by SLURM", why=why)
+            return Outcome("requeued", why)
+        return Outcome("stopped", f"{why} ({verdict})")
+
+    def _lost_node(self, why: str) -> Outcome:
+        """The allocation cannot go on; another one may."""
+        if self._place.where != "slurm":
+            return Outcome("failed", why)
+        return self._requeue(why)
+
+    def _requeue(self, why: str) -> Outcome:
+        if scheduler.requeue(self._place.job, patience_s=0.15 * self._config.launch.grace_s):
+            self._record("requeued", how="scontrol requeue", why=why)
+            return Outcome("requeued", why)
+        self._record("requeued", how="exit code", why=why)
+        return Outcome("requeue", why)
+
+    def _pause(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not self._signals.received:
+            time.sleep(POLL_S)
+
+    def _checkpoint(self) -> int:
+        """Step of the newest committed checkpoint, 0 without one."""
+        return next((paths.step for paths in self._run.checkpoints_on_disk()
+                     if paths.state.exists()), 0)
+
+    def _reached(self, attempt: int) -> int:
+        """The furthest step that a rank reported in this attempt, 0 when none did."""
+        return max((step for number, step in heartbeats(self._run) if number == attempt), default=0)
+
+    def _record(self, event: str, **facts: Any) -> None:
+        record(self._run, event, **facts)
+        log.info("%s %s", event, " ".join(f"{key}={value}" for key, value in facts.items()))
+
+    def _echo_from(self) -> int:
+        log_file = self._run.rank_log(0)
+        return log_file.stat().st_size if self._echo and log_file.exists() else 0
+
+    def _echo_more(self, start: int) -> int:
+        if not self._echo or not self._run.rank_log(0).exists():
+            return start
+        with open(self._run.rank_log(0), "rb") as file:
+            file.seek(start)
+            text = file.read()
+        self._echo.write(text)
+        self._echo.flush()
+        return start + len(text)
+
+    # ---------------------------------------------------------------- the other nodes
+
+    def _follow(self) -> Outcome:
+        place = self._place
+        host = place.names[0]
+        try:
+            wire = connect(host, place.incarnation, read_secret(self._run), place.node, GATHER_S)
+        except Lost as reason:
+            return self._lost_leader(str(reason))
+        try:
+            self._serve(wire)
+        except Lost as reason:
+            return self._lost_leader(f"node {host} is gone ({reason})")
+        finally:
+            self._workers.kill()
+            wire.close()
+        return Outcome("followed")
+
+    def _serve(self, wire: Wire) -> None:
+        """Carry out the leader's orders until it says "end". Raises: Lost."""
+        number, told, hung_told = 0, 0, False
+        while True:
+            for order in wire.receive():
+                match order["do"]:
+                    case "start":
+                        number, hung_told = order["attempt"], False
+                        self._workers.start(number, self._config.world, order["address"],
+                                            order["port"])
+                    case "stop":
+                        self._workers.stop()
+                    case "abort":
+                        self._workers.abort()
+                    case "kill":
+                        self._report(wire, number, self._workers.kill())
+                    case "end":
+                        return
+            self._report(wire, number, self._workers.poll())
+            for received in self._signals.received[told:]:
+                told += 1
+                wire.send({"kind": "signal", "name": received.name})
+            if not hung_told and (hung := self._workers.hung()):
+                hung_told = True
+                wire.send({"kind": "hung", "attempt": number, "rank": hung[0][0],
+                           "silence_s": hung[0][1]})
+            time.sleep(POLL_S)
+
+    def _report(self, wire: Wire, attempt: int, exits: list[Exit]) -> None:
+        if exits:
+            wire.send({"kind": "exits", "attempt": attempt,
+                       "exits": [[exit.rank, exit.code, exit.reason] for exit in exits]})
+
+    def _lost_leader(self, why: str) -> Outcome:
+        """Without a leader node 1 asks for a new allocation, unless SLURM acts already."""
+        self._workers.kill()
+        if self._place.node != 1 or self._place.where != "slurm":
+            return Outcome("failed", why)
+        time.sleep(2)
+        facts = scheduler.job_facts(self._place.job)
+        events = read_events(self._run)
+        if self._signals.final or (facts and facts.state != "RUNNING") or (
+                events and events[-1]["event"] in ("finished", "failed", "stopped", "requeued")):
+            return Outcome("failed", why)
+        self._record("crashed", attempt=last_attempt(events), cause=why,
+                     checkpoint=self._checkpoint(), reached=self._reached(last_attempt(events)))
+        count = restarts_without_progress(read_events(self._run))
+        if count > self._config.launch.max_restarts:
+            self._record("failed", cause=f"{why} (gave up after {count - 1} restarts without a "
+                                         "new checkpoint)", step=self._checkpoint())
+            return Outcome("failed", why)
+        return self._requeue(why)
+
+
+def decide(facts: scheduler.JobFacts | None, restart: int, warned: bool) -> str:
+    """What a SIGTERM in a SLURM job means: "requeue" (we must), "requeued" (SLURM does), or why
+    the job ends for good.
+
+    Measured on 22.05: after `scontrol requeue` and a preemption without grace the job is
+    COMPLETING and its restart count has gone up; after `scancel` it is COMPLETING and the count has
+    not; within the GraceTime of a preemption it is RUNNING with a PreemptTime, and a job that ends
+    now by itself would not be requeued; after `scancel --signal=TERM` it is RUNNING without one.
+
+    Args:
+        restart: restart count of this incarnation.
+        warned: a signal that asks for a requeue came before.
+    """
+    if facts is None:
+        return "SLURM does not answer; it decides"
+    if facts.restarts > restart or facts.state in ("PENDING", "REQUEUED", "NODE_FAIL", "PREEMPTED"):
+        return "requeued"
+    if facts.state == "RUNNING" and (facts.preempted or warned):
+        return "requeue"
+    if facts.state == "TIMEOUT":
+        return "requeue"
+    return "ended by scancel or at the time limit" if facts.state != "RUNNING" else "asked to stop"
+
+
+def heartbeats(run: RunPaths) -> list[tuple[int, int]]:
+    """(attempt, step) of every rank's newest sign of life."""
+    found = []
+    for path in run.heartbeats.glob("rank_*"):
+        try:
+            attempt, step = path.read_text().split()
+            found.append((int(attempt), int(step)))
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def read_secret(run: RunPaths) -> bytes:
+    return bytes.fromhex(run.secret.read_text())
+
+
+@contextmanager
+def lease(run: RunPaths, place: Place) -> Iterator[None]:
+    """Be the only one who runs this run. Raises: RuntimeError naming the holder.
+
+    An incarnation that SLURM has requeued may still be ending: it is waited for.
+    """
+    handle = os.open(run.lease, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        deadline = time.monotonic() + (30 if place.restart else 5)
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    holder = os.pread(handle, 200, 0).decode(errors="replace").strip()
+                    raise RuntimeError(f"{run.root} is run by {holder}; stop that one first, or "
+                                       "copy the run under another name") from None
+                time.sleep(0.2)
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"{place.where} job {place.incarnation}, pid {os.getpid()} on "
+                          f"{Process.this().host}\n".encode(), 0)
+        yield
+    finally:
+        os.close(handle)
+
+
+def supervise_here(run: RunPaths) -> int:
+    """Supervise a run in the foreground of this machine; the exit code. Ctrl-C saves and stops."""
+    config = load_frozen(run.config)
+    log_to_stderr(0)
+    run.stop_request.unlink(missing_ok=True)
+    record(run, "submitted", where="foreground", nodes=1, steps=config.steps,
+           batch_size=config.batch_size)
+    place = Place("foreground", job=str(os.getpid()))
+    outcome = Supervisor(run, config, place, echo=sys.stderr.buffer).run()
+    if outcome.kind == "failed":
+        log.error("failed: %s", outcome.cause)
+        return BAD_INPUT if outcome.code == BAD_INPUT else 1
+    if outcome.kind == "stopped":
+        log.warning("stopped; the same command, or `resnet-dist resume %s`, continues", run.name)
+    return 0
+
+
+def log_to_stderr(node: int) -> None:
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, force=True,
+                        format=f"%(asctime)s supervisor {node}: %(message)s")
+

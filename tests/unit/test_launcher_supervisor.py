@@ -1,0 +1,213 @@
+"""The supervisor on one machine, with real processes and signals and a stand-in worker."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launcher.events import Event, read_events, redone_steps
+from resnet_dist.paths import RunPaths
+
+sys.path.insert(0, str(Path(__file__).parent))
+import launcher_stand_in as stand_in
+
+
+class Supervised:
+    """A supervisor process on a run, ended with the test."""
+
+    def __init__(self, run: RunPaths, **place: object) -> None:
+        self.run = run
+        with open(run.root / "supervisor.log", "ab") as said:
+            self.process = subprocess.Popen(
+                [sys.executable, stand_in.__file__, "supervise", str(run.root),
+                 json.dumps({"where": "local", "job": "1", **place})],
+                stdout=subprocess.PIPE, stderr=said)
+
+    def outcome(self, timeout_s: float = 40) -> list[str]:
+        output, _ = self.process.communicate(timeout=timeout_s)
+        return json.loads(output) if output else []
+
+    def events(self, kind: str | None = None) -> list[Event]:
+        return [e for e in read_events(self.run) if kind is None or e["event"] == kind]
+
+    def wait(self, condition: Callable[[], object], limit_s: float = 20) -> None:
+        deadline = time.monotonic() + limit_s
+        while not condition():
+            assert self.process.poll() is None, (self.run.root / "supervisor.log").read_text()
+            assert time.monotonic() < deadline, self.events()
+            time.sleep(0.02)
+
+    def wait_for_step(self, step: int, attempt: int = 1) -> None:
+        self.wait(lambda: (attempt, step) <= max(stand_in_beats(self.run), default=(0, 0)))
+
+    @property
+    def pids(self) -> list[int]:
+        return self.events("attempt")[-1]["pids"]
+
+
+def stand_in_beats(run: RunPaths) -> list[tuple[int, int]]:
+    return [tuple(map(int, path.read_text().split()))  # type: ignore[misc]
+            for path in run.heartbeats.glob("rank_*")]
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Supervised]]:
+    started: list[Supervised] = []
+
+    def call(run: RunPaths, **place: object) -> Supervised:
+        started.append(Supervised(run, **place))
+        return started[-1]
+
+    yield call
+    for each in started:
+        each.process.kill()
+        each.process.wait()
+
+
+def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(tmp_path, start):
+    run, _ = stand_in.make_run(tmp_path / "run")
+    supervised = start(run)
+    supervised.wait_for_step(24)
+    os.kill(supervised.pids[1], signal.SIGKILL)
+    killed_at = time.time()
+    assert supervised.outcome() == ["finished", ""]
+    (exit,) = supervised.events("exit")
+    assert exit["reason"] == "ended by SIGKILL"
+    assert exit["time"] - killed_at < 1, "a dead worker is noticed within a second"
+    (crashed,) = supervised.events("crashed")
+    assert crashed["cause"] == "rank 1: ended by SIGKILL"
+    first, second = supervised.events("attempt")
+    assert (first["attempt"], second["attempt"]) == (1, 2)
+    assert second["step"] >= 20
+    assert redone_steps(read_events(run)) == second["reached"] - second["step"]
+    assert f"attempt 2 starts at step {second['step']}" in run.rank_log(0).read_text()
+
+
+def test_a_crash_loop_ends_after_three_restarts_with_the_cause(tmp_path, start):
+    run, _ = stand_in.make_run(tmp_path / "run",
+                               faults={"*": {"rank": 0, "step": 3, "do": "raise"}})
+    kind, cause = start(run).outcome()
+    assert kind == "failed"
+    assert cause.startswith("rank 0: ValueError: no such luck (gave up after 3 restarts")
+    assert len([e for e in read_events(run) if e["event"] == "attempt"]) == 4
+    assert read_events(run)[-1]["event"] == "failed"
+
+
+def test_crashes_with_progress_between_them_never_end_a_run(tmp_path, start):
+    run, _ = stand_in.make_run(
+        tmp_path / "run", steps=70, ranks=1,
+        faults={str(n): {"rank": 0, "step": 10 * n + 2, "do": "raise"} for n in range(1, 6)})
+    assert start(run).outcome() == ["finished", ""]
+    assert len([e for e in read_events(run) if e["event"] == "crashed"]) == 5
+
+
+@pytest.mark.parametrize(("what", "cause"), [
+    ("bad input", "rank 0: batch_size = 7: must divide"),
+    ("diverge", "rank 0: step 12: loss is not finite")])
+def test_what_would_only_happen_again_is_not_restarted(tmp_path, start, what, cause):
+    run, _ = stand_in.make_run(tmp_path / "run",
+                               faults={"*": {"rank": 0, "step": 3, "do": what}})
+    assert start(run).outcome() == ["failed", cause]
+    assert len([e for e in read_events(run) if e["event"] == "attempt"]) == 1
+
+
+def test_sigusr2_saves_and_continues_without_redoing_a_step(tmp_path, start):
+    run, _ = stand_in.make_run(tmp_path / "run")
+    supervised = start(run)
+    supervised.wait_for_step(13)
+    supervised.process.send_signal(signal.SIGUSR2)
+    assert supervised.outcome() == ["finished", ""]
+    second = supervised.events("attempt")[1]
+    assert second["step"] >= 13
+    assert supervised.events("requeued")[0]["how"] == "in place"
+    assert supervised.events("crashed") == []
+
+
+def test_sigterm_saves_and_ends(tmp_path, start):
+    run, _ = stand_in.make_run(tmp_path / "run", steps=2000)
+    supervised = start(run)
+    supervised.wait_for_step(13)
+    supervised.process.send_signal(signal.SIGTERM)
+    assert supervised.outcome() == ["stopped", "SIGTERM"]
+    assert supervised.events("saved")[0]["step"] >= 13
+    assert supervised.events()[-1]["event"] == "stopped"
+
+
+def test_a_stop_request_saves_and_ends_and_is_used_up(tmp_path, start):
+    run, _ = stand_in.make_run(tmp_path / "run", steps=2000)
+    supervised = start(run)
+    supervised.wait_for_step(13)
+    run.stop_request.touch()
+    assert supervised.outcome() == ["stopped", "stop requested"]
+    assert supervised.events("saved")[0]["step"] >= 13
+    assert not run.stop_request.exists()
+
+
+def test_a_signal_before_the_workers_are_ready_still_saves(tmp_path, start):
+    run, _ = stand_in.make_run(tmp_path / "run", steps=2000)
+    supervised = start(run)
+    supervised.wait(lambda: supervised.events("attempt"))
+    supervised.process.send_signal(signal.SIGTERM)  # the workers are still importing
+    assert supervised.outcome() == ["stopped", "SIGTERM"]
+    assert supervised.events("exit") == [], "the signal killed no worker"
+
+
+def test_a_hung_rank_is_noticed_and_its_stack_is_in_the_log(tmp_path, start):
+    run, _ = stand_in.make_run(tmp_path / "run", steps=400, hang_s=2,
+                               faults={"1": {"rank": 1, "step": 13, "do": "hang"}})
+    supervised = start(run)
+    supervised.wait(lambda: len(supervised.events("attempt")) == 2)
+    (crashed,) = supervised.events("crashed")
+    assert crashed["cause"].startswith("rank 1 made no step for 2 s")
+    assert "misbehave" in run.rank_log(1).read_text(), "where it hung"
+
+
+def test_a_worker_deaf_to_signals_is_killed_in_time(tmp_path, start):
+    run, _ = stand_in.make_run(tmp_path / "run", steps=2000, hang_s=2,
+                               faults={"1": {"rank": 1, "step": 13, "do": "deaf"}})
+    supervised = start(run)
+    supervised.wait_for_step(15)
+    supervised.process.send_signal(signal.SIGTERM)
+    assert supervised.outcome() == ["stopped", "SIGTERM"]
+    assert "not saved in time" in supervised.events("unsaved")[0]["cause"]
+
+
+def test_workers_never_outlive_a_killed_supervisor(tmp_path, start):
+    run, _ = stand_in.make_run(tmp_path / "run", steps=2000)
+    supervised = start(run)
+    supervised.wait_for_step(5)
+    pids = supervised.pids
+    supervised.process.kill()
+    supervised.process.wait()
+    deadline = time.monotonic() + 2
+    while any(alive(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_second_supervisor_is_refused_and_names_the_first(tmp_path, start):
+    run, _ = stand_in.make_run(tmp_path / "run", steps=2000)
+    first = start(run)
+    first.wait_for_step(1)
+    second = start(run, job="2")
+    assert second.outcome() == []
+    said = (run.root / "supervisor.log").read_text()
+    assert f"is run by local job 1.0, pid {first.process.pid}" in said
+    assert first.process.poll() is None
+    assert [e["job"] for e in read_events(run) if e["event"] == "started"] == ["1"]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
