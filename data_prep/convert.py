@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import PIL
@@ -27,12 +27,13 @@ from pydantic.dataclasses import dataclass
 
 from data_prep import jpeg
 from data_prep.beton import write_atomically
+from data_prep.found import Source
 from data_prep.images import Encoding
 from data_prep.plan import Plan, ShardId, WorkPaths, load_plan, make_plan
 from data_prep.pool import ConvertError, run_shards
 from data_prep.progress import Ticker
 from data_prep.shards import Record, convert_shard, read_record
-from data_prep.sources import Source, open_reader, open_source
+from data_prep.sources import open_reader, open_source
 from data_prep.tars import SourceError
 from resnet_dist.config import (
     NAME_PATTERN,
@@ -269,12 +270,16 @@ def extra_files(paths: DatasetPaths) -> dict[str, str]:
 
 def sealed(manifest: Manifest) -> Manifest:
     """The manifest with a hash of itself, so that `verify` notices a flipped bit in it, too."""
-    return replace(manifest, source=manifest.source | {"seal": seal_of(manifest)})
+    return changed(manifest, source=manifest.source | {"seal": seal_of(manifest)})
 
 
 def seal_of(manifest: Manifest) -> str:
     unsealed = {key: value for key, value in manifest.source.items() if key != "seal"}
-    return manifest_fingerprint(replace(manifest, source=unsealed))
+    return manifest_fingerprint(changed(manifest, source=unsealed))
+
+
+def changed(manifest: Manifest, **fields: Any) -> Manifest:
+    return replace(cast(Any, manifest), **fields)
 
 
 def source_record(plan: Plan, source: str) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data_prep import jpeg
 from data_prep.beton import MODE_JPEG, MODE_RAW
+from data_prep.found import Unreadable
 from data_prep.jpeg import Header, JpegError
-from data_prep.sources import Unreadable
 
 FORMATS = ("PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM")
 MAX_SIDE = 65_500  # libjpeg's limit; FFCV keeps 16 bits

@@ -15,14 +15,15 @@ import hashlib
 import json
 import shutil
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import xxhash
 
 from data_prep.beton import write_atomically
-from data_prep.sources import Place, Source, place_groups
+from data_prep.found import Group, Source
+from data_prep.sources import Place, place_groups
 from data_prep.tars import SourceError
 from resnet_dist.paths import DatasetPaths
 
@@ -147,7 +148,9 @@ def make_plan(source: Source, dst: Path, options: dict[str, Any], identity: dict
     rows, groups = _scan(source, work)
     if not len(rows):
         raise SourceError(f"SOURCE = {name}: no images found in it")
-    empty = source.empty_groups()
+    above = {str(parent) for folder in [*groups, *source.empty_groups()]
+             if isinstance(folder, str) for parent in PurePosixPath(folder).parents}
+    empty = [folder for folder in source.empty_groups() if folder not in above]
     places = place_groups([*groups, *empty], split, name)
     _refuse_outside(places[:len(groups)], groups, rows, outside, name)
     class_names = source.classes or known_classes or tuple(
@@ -208,9 +211,9 @@ def load_plan(dst: Path) -> Plan | None:
     return Plan(**tree)
 
 
-def _scan(source: Source, work: WorkPaths) -> tuple[np.ndarray, list[str | tuple[str, str]]]:
+def _scan(source: Source, work: WorkPaths) -> tuple[np.ndarray, list[Group]]:
     """Rows in the source's order, on disk as they come, and the groups they belong to."""
-    groups: dict[str | tuple[str, str], int] = {}
+    groups: dict[Group, int] = {}
     block = np.zeros(4096, ROW)
     used = name_at = 0
     with open(work.root / "rows.bin", "wb") as rows, open(work.names, "wb") as names:
@@ -228,7 +231,7 @@ def _scan(source: Source, work: WorkPaths) -> tuple[np.ndarray, list[str | tuple
     return np.fromfile(work.root / "rows.bin", ROW), list(groups)
 
 
-def _refuse_outside(places: list[Place | None], groups: list[str | tuple[str, str]],
+def _refuse_outside(places: list[Place | None], groups: list[Group],
                     rows: np.ndarray, outside: str, name: str) -> None:
     lost = [index for index, place in enumerate(places) if place is None]
     count = int(np.isin(rows["group"], lost).sum())

@@ -19,9 +19,9 @@ import xxhash
 
 from data_prep import jpeg
 from data_prep.beton import Stored, write_atomically, write_shard
+from data_prep.found import Reader, Unreadable
 from data_prep.images import Encoding, encode
 from data_prep.plan import Plan, ShardId
-from data_prep.sources import Reader, Unreadable
 
 SMALL_IMAGE_PIXELS = 128 * 128  # up to here a per-pixel mean is kept
 

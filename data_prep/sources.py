@@ -1,8 +1,4 @@
-"""Where images come from: what kind of source a path is, what it holds, and how to read one image.
-
-A source is scanned once, in its own order: every image gets a place (container, offset, size) from
-which any worker can read it later without reading the others. What a worker needs for that is plain
-data (`Source.reader`), which travels in the plan.
+"""Where images come from: what kind of source a path is, and class-folder trees.
 
 Splits are found from top folders (train; val, valid, validation, test), classes from the folders
 below them; nothing is extracted to disk.
@@ -10,73 +6,30 @@ below them; nothing is extracted to disk.
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
-import numpy as np
+from data_prep.arrays import Cifar, CifarReader, DigitReader, Digits
+from data_prep.found import (
+    HELD_OUT_NAMES,
+    IMAGE_SUFFIXES,
+    TRAIN_NAMES,
+    Found,
+    Group,
+    Reader,
+    Source,
+    Unreadable,
+    refuse_size,
+    split_names,
+)
+from data_prep.parquet import ParquetFiles, ParquetReader
+from data_prep.tar_sources import Ilsvrc, SpanReader, TarFolders, WebDataset, look_into
+from data_prep.tars import SourceError, is_tar_name
 
-from data_prep import tars
-from data_prep.tars import SourceError
-
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".dib",
-                            ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"})
-TRAIN_FOLDERS = frozenset({"train", "training"})
-HELD_OUT_FOLDERS = ("val", "valid", "validation", "test")  # the first that exists is the val split
-
-
-class Found(NamedTuple):
-    """One image of a source. `group` is a folder's name, or (split, class) where both are known."""
-
-    group: str | tuple[str, str]
-    name: str  # unique in the source; what messages and rejected.jsonl call it
-    container: int  # index into the reader's containers
-    offset: int
-    size: int  # bytes; -1 where only opening the file tells
-
-
-class Source(Protocol):
-    @property
-    def kind(self) -> str: ...
-    @property
-    def pixels(self) -> bool:
-        """It gives RGB arrays, not files."""
-        ...
-    @property
-    def classes(self) -> tuple[str, ...] | None:
-        """Fixed order of labels; None: sorted names."""
-        ...
-    @property
-    def default_val_fraction(self) -> float | None: ...
-    @property
-    def ignored(self) -> int:
-        """Files seen by the scan that are no images, by name."""
-        ...
-    @property
-    def reader(self) -> dict[str, Any]:
-        """What `open_reader` needs, as plain data."""
-        ...
-
-    def scan(self) -> Iterator[Found]: ...
-    def empty_groups(self) -> list[str]: ...
-    def fingerprint(self) -> dict[str, Any]: ...
-
-
-class Reader(Protocol):
-    """Reads images of a scanned source; one a process."""
-
-    def read(self, name: str, container: int, offset: int, size: int) -> bytes | np.ndarray:
-        """The encoded file, or uint8 RGB [height, width, 3]. Raises: Unreadable."""
-        ...
-
-
-class Unreadable(ValueError):
-    """One image cannot be had; the message is its reason in rejected.jsonl."""
-
-
-# --- folders -------------------------------------------------------------------------------------
 
 class Tree:
     """A directory of class folders, possibly below train/ and val/."""
@@ -139,139 +92,11 @@ class FileReader:
     def read(self, name: str, container: int, offset: int, size: int) -> bytes:
         try:
             with open(self._roots[container] / name, "rb") as file:
-                _refuse_size(os.fstat(file.fileno()).st_size, self._max_bytes)
+                refuse_size(os.fstat(file.fileno()).st_size, self._max_bytes)
                 return file.read(self._max_bytes + 1)
         except OSError as error:
             raise Unreadable(f"cannot be read: {error.strerror}") from None
 
-
-def _refuse_size(size: int, limit: int) -> None:
-    if size > limit:
-        raise Unreadable(f"has {size} bytes, more than max_image_bytes = {limit}")
-
-
-# --- tars of class folders -----------------------------------------------------------------------
-
-class TarFolders:
-    """One tar of class folders, plain or compressed."""
-
-    kind = "tar"
-    pixels = False
-    classes = None
-    default_val_fraction = None
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.ignored = 0
-        self.reader: dict[str, Any] = {"reader": "spans", "containers": [str(path.resolve())]}
-        self._folders: set[str] = set()
-        self._seen: set[str] = set()
-
-    def scan(self) -> Iterator[Found]:
-        data = tars.open_bytes(self.path)
-        try:
-            for member in tars.members(data):
-                folder = member.name.rpartition("/")[0]
-                if member.kind == "directory" and member.name not in ("", "."):
-                    self._folders.add(member.name)
-                elif member.kind == "file" and is_image_name(member.name):
-                    self._seen.add(folder)
-                    yield Found(folder, member.name, 0, member.offset, member.size)
-                elif member.kind != "directory":
-                    self.ignored += 1
-        finally:
-            data.close()
-
-    def empty_groups(self) -> list[str]:
-        return sorted(self._folders - self._seen)
-
-    def fingerprint(self) -> dict[str, Any]:
-        return file_fingerprint([self.path])
-
-
-def is_image_name(name: str) -> bool:
-    """By its ending; hidden files and macOS' doubles are none."""
-    folder, _, leaf = name.rpartition("/")
-    return (bool(name) and not leaf.startswith(".") and not folder.startswith("__MACOSX")
-            and os.path.splitext(leaf)[1].lower() in IMAGE_SUFFIXES)
-
-
-class SpanReader:
-    """Images that lie as bytes inside plain or compressed files."""
-
-    def __init__(self, reader: dict[str, Any], max_bytes: int) -> None:
-        self._paths = [Path(path) for path in reader["containers"]]
-        self._open: dict[int, tars.Bytes] = {}
-        self._max_bytes = max_bytes
-
-    def read(self, name: str, container: int, offset: int, size: int) -> bytes:
-        _refuse_size(size, self._max_bytes)
-        if container not in self._open:
-            while len(self._open) >= 16:
-                self._open.pop(next(iter(self._open))).close()
-            self._open[container] = tars.open_bytes(self._paths[container])
-        data = self._open[container].read_at(offset, size)
-        if len(data) < size:
-            raise SourceError(f"{self._paths[container]}: is shorter than when it was scanned")
-        return data
-
-
-def file_fingerprint(paths: Sequence[Path]) -> dict[str, Any]:
-    """Names, sizes and times: a source that was replaced while a conversion was interrupted is
-    noticed without reading it all."""
-    return {"files": [[path.name, path.stat().st_size, path.stat().st_mtime_ns]
-                      for path in paths]}
-
-
-# --- the digits ----------------------------------------------------------------------------------
-
-DIGIT_SIDE = 32
-
-
-class Digits:
-    """1,797 handwritten digits that scikit-learn carries: 8 x 8 pixels, 17 levels.
-
-    Each pixel becomes 4 x 4 equal ones and the level n becomes round(n * 255 / 16), so that a
-    network made for CIFAR's 32 x 32 takes them and nothing is invented by interpolation.
-    Source: Alpaydin, Kaynak 1998, Optical Recognition of Handwritten Digits (UCI).
-    """
-
-    kind = "digits"
-    pixels = True
-    classes = tuple(str(digit) for digit in range(10))
-    default_val_fraction: float | None = 0.2
-
-    def __init__(self) -> None:
-        self.ignored = 0
-        self.reader: dict[str, Any] = {"reader": "digits"}
-
-    def scan(self) -> Iterator[Found]:
-        from sklearn.datasets import load_digits
-
-        for index, label in enumerate(load_digits().target):
-            yield Found(("train", str(label)), f"digit-{index:04d}", 0, index, -1)
-
-    def empty_groups(self) -> list[str]:
-        return []
-
-    def fingerprint(self) -> dict[str, Any]:
-        return {"digits": "scikit-learn", "side": DIGIT_SIDE}
-
-
-class DigitReader:
-    def __init__(self) -> None:
-        from sklearn.datasets import load_digits
-
-        levels = load_digits().images
-        self._images = np.round(levels * (255 / 16)).astype(np.uint8)
-
-    def read(self, name: str, container: int, offset: int, size: int) -> np.ndarray:
-        enlarge = DIGIT_SIDE // 8
-        gray = self._images[offset].repeat(enlarge, axis=0).repeat(enlarge, axis=1)
-        return np.repeat(gray[:, :, None], 3, axis=2)
-
-
-# --- choosing ------------------------------------------------------------------------------------
 
 def open_source(source: str) -> Source:
     """What `source` is. Raises: SourceError with what would have been understood."""
@@ -279,13 +104,72 @@ def open_source(source: str) -> Source:
         return Digits()
     path = Path(source)
     if path.is_dir():
-        return Tree(path)
-    if path.is_file() and tars.is_tar_name(path.name):
-        return TarFolders(path)
-    if not path.exists():
+        return _open_directory(path)
+    if path.is_file():
+        if path.suffix.lower() == ".parquet":
+            return ParquetFiles([path])
+        if is_tar_name(path.name):
+            return _open_tars([path])
+    matches = [Path(match) for match in sorted(glob.glob(source))] if "*" in source else []
+    if matches and all(match.suffix.lower() == ".parquet" for match in matches):
+        return ParquetFiles(matches)
+    if matches and all(is_tar_name(match.name) for match in matches):
+        return _open_tars(matches)
+    if not path.exists() and not matches:
         raise SourceError(f"SOURCE = {source}: no such file or directory, and not 'digits'")
-    raise SourceError(f"SOURCE = {source}: give a directory of class folders, a .tar (.gz, .bz2, "
-                      ".xz, .zst) of class folders, or 'digits'")
+    raise SourceError(f"SOURCE = {source}: is none of: a directory of class folders, of ILSVRC2012 "
+                      "tars, of Parquet or WebDataset files; a .tar (.gz, .bz2, .xz, .zst) or "
+                      ".parquet file, or a pattern with '*' for several; CIFAR's archives; "
+                      "'digits'")
+
+
+def _open_directory(path: Path) -> Source:
+    names = sorted(entry.name for entry in os.scandir(path) if entry.is_file())
+    if Cifar.members_in(names):
+        return Cifar(path)
+    tars = [path / name for name in names if is_tar_name(name)]
+    if tars:
+        return _open_tars(tars)
+    parquet = _in_split_folders(path, (".parquet",))
+    if parquet:
+        return ParquetFiles(parquet)
+    shards = _in_split_folders(path, (".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst"))
+    if shards:
+        return _open_tars(shards)
+    return Tree(path)
+
+
+def _in_split_folders(path: Path, endings: tuple[str, ...]) -> list[Path]:
+    """Files with these endings in `path` or in its folders named after splits or data; a folder
+    is taken for one of classes, and not searched, once it holds a folder of its own."""
+    found = []
+    for folder in [path, *(path / name for name in ("data", *TRAIN_NAMES, *HELD_OUT_NAMES))]:
+        if folder.is_dir():
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.is_dir() and folder != path:
+                        break
+                    if entry.name.endswith(endings) and entry.is_file():
+                        found.append(folder / entry.name)
+    return sorted(found)
+
+
+def _open_tars(paths: list[Path]) -> Source:
+    images = [path for path in paths if "devkit" not in path.name]
+    if not images:
+        raise SourceError(f"SOURCE = {paths[0]}: is a development kit; name the folder with the "
+                          "image archives beside it")
+    kinds = {path: look_into(path) for path in (images[:1] if len(images) > 8 else images)}
+    kind = next(iter(kinds.values()))
+    if any(found in ("ilsvrc-train", "ilsvrc-val") for found in kinds.values()):
+        return Ilsvrc([path for path, found in kinds.items() if found.startswith("ilsvrc")])
+    if kind == "webdataset":
+        return WebDataset(images)
+    if len(images) > 1:
+        return TarFolders(images, class_from_name=kind == "flat")
+    if kind == "cifar":
+        return Cifar(images[0])
+    return TarFolders(images)
 
 
 def open_reader(reader: dict[str, Any], max_bytes: int) -> Reader:
@@ -294,6 +178,10 @@ def open_reader(reader: dict[str, Any], max_bytes: int) -> Reader:
         return FileReader(reader, max_bytes)
     if kind == "spans":
         return SpanReader(reader, max_bytes)
+    if kind == "parquet":
+        return ParquetReader(reader, max_bytes)
+    if kind == "cifar":
+        return CifarReader(reader)
     assert kind == "digits", kind
     return DigitReader()
 
@@ -306,7 +194,7 @@ class Place:
     class_name: str
 
 
-def place_groups(groups: Sequence[str | tuple[str, str]], split: str | None,
+def place_groups(groups: Sequence[Group], split: str | None,
                  name: str) -> list[Place | None]:
     """Split and class of every group; None for folders that are above the classes.
 
@@ -320,18 +208,16 @@ def place_groups(groups: Sequence[str | tuple[str, str]], split: str | None,
     while True:
         tops = {folder[depth] for folder in folders if len(folder) > depth}
         at_top = any(len(folder) == depth for folder in folders)
-        if len(tops) != 1 or at_top or _split_kind(next(iter(tops))) is not None:
+        if len(tops) != 1 or at_top or split_names(tops):
             break
         if not all(len(folder) > depth + 1 for folder in folders):
             break  # the only folder holds images: it is a class
         depth += 1
     found = {folder[depth].lower() for folder in folders if len(folder) > depth + 1
-             and _split_kind(folder[depth])}
-    held_out = [known for known in HELD_OUT_FOLDERS if known in found]
-    names = {top: "train" for top in TRAIN_FOLDERS}
-    names |= {top: "val" if top == held_out[0] else top for top in held_out}
+             and split_names([folder[depth]])}
+    names = split_names(found)
 
-    def place(group: str | tuple[str, str]) -> Place | None:
+    def place(group: Group) -> Place | None:
         if not isinstance(group, str):
             return Place(split or group[0], group[1])
         parts = group.split("/")[depth:] if group else []
@@ -343,14 +229,9 @@ def place_groups(groups: Sequence[str | tuple[str, str]], split: str | None,
             return None
         return Place(split or "train", parts[0])
 
-    if split is not None and len({names[top] for top in found if top in names}) > 1:
+    if split is not None and len({names[top] for top in found}) > 1:
         raise SourceError(f"split = {split}: {name} has split folders of its own; drop the option")
     places = [place(group) for group in groups]
     if split is not None:
         places = [Place(split, known.class_name) if known else None for known in places]
     return places
-
-
-def _split_kind(folder: str) -> str | None:
-    lower = folder.lower()
-    return "train" if lower in TRAIN_FOLDERS else "val" if lower in HELD_OUT_FOLDERS else None

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import os
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 
@@ -18,67 +15,19 @@ import pytest
 from PIL import Image
 
 from data_prep import beton
-from data_prep.convert import ConvertError, convert, parse_convert_overrides
+from data_prep.convert import ConvertError, convert
 from data_prep.verify import verify
 from resnet_dist.config import ConfigError
 from resnet_dist.data.manifest import load_manifest
-
-SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
-
-
-def picture(seed: int, width: int = 48, height: int = 40) -> Image.Image:
-    """A smooth colour picture with some texture, different for every seed."""
-    rng = np.random.default_rng(seed)
-    coarse = rng.integers(0, 256, (5, 6, 3), np.uint8)
-    smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
-    noise = rng.integers(-12, 13, smooth.shape)
-    return Image.fromarray(np.clip(smooth + noise, 0, 255).astype(np.uint8))
-
-
-def file_bytes(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def make_tree(root: Path, per_class: int = 4, splits: tuple[str, ...] = ("train", "val")) -> Path:
-    seed = 0
-    for split in splits:
-        for name in ("ant", "bee", "cat"):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for index in range(per_class):
-                seed += 1
-                (folder / f"{index}.jpg").write_bytes(
-                    file_bytes(picture(seed, 40 + seed % 9, 33 + seed % 7), quality=92))
-    return root
-
-
-def options(*items: str):
-    return parse_convert_overrides(list(items))
-
-
-def hashes(dst: Path) -> dict[str, str]:
-    return {str(path.relative_to(dst)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(dst.rglob("*")) if path.is_file()}
-
-
-def read_back(dst: Path, split: str) -> list[tuple[int, np.ndarray]]:
-    """(label, pixels) of every sample, decoded by Pillow straight from the file."""
-    samples = []
-    for shard in load_manifest(dst).splits[split].shards:
-        data = (dst / shard.file).read_bytes()
-        index = beton.read_index(dst / shard.file)
-        for row, size in zip(index.samples, index.sizes, strict=True):
-            at = int(row["f0"]["data_ptr"])
-            stored = data[at:at + int(size)]
-            if row["f0"]["mode"] == beton.MODE_RAW:
-                shape = (int(row["f0"]["height"]), int(row["f0"]["width"]), 3)
-                pixels = np.frombuffer(stored, np.uint8).reshape(shape)
-            else:
-                pixels = np.asarray(Image.open(io.BytesIO(stored)).convert("RGB"))
-            samples.append((int(row["f1"]), pixels))
-    return samples
+from tests.unit.prep_material import (
+    file_bytes,
+    hashes,
+    make_tar,
+    make_tree,
+    options,
+    picture,
+    read_back,
+)
 
 
 def test_shard_types_equal_those_of_ffcv():
@@ -159,13 +108,6 @@ def test_digits_are_the_digits_and_split_without_overlap(tmp_path):
     train = [image for _, image in read_back(tmp_path / "dst", "train")]
     mean = np.load(tmp_path / "dst" / "pixel_mean.npy")
     np.testing.assert_allclose(mean, np.mean(train, axis=0), atol=1e-4)
-
-
-def make_tar(path: Path, tree: Path, mode: str, prefix: str = "") -> Path:
-    with tarfile.open(path, mode) as tar:
-        for file in sorted(tree.rglob("*")):
-            tar.add(file, prefix + str(file.relative_to(tree)), recursive=False)
-    return path
 
 
 @pytest.mark.parametrize(("name", "mode"), [("s.tar", "w:"), ("s.tar.gz", "w:gz"),

@@ -12,7 +12,7 @@ import pytest
 from data_prep.convert import convert, parse_convert_overrides
 from data_prep.verify import verify
 from resnet_dist.data.manifest import load_manifest
-from tests.unit.test_convert import make_tree
+from tests.unit.prep_material import make_tree
 
 
 @pytest.fixture(scope="module")
