@@ -165,19 +165,47 @@ def resume(run: Run, options: Overrides = None,
 def evaluate(
     run: Run,
     step: Annotated[int | None, typer.Option("--step", help="checkpoint; default newest")] = None,
+    split: Annotated[str | None, typer.Option("--split", help="default: the run's")] = None,
+    protocol: Annotated[str | None, typer.Option(
+        "--protocol", help="1crop, flip, 10crop or multiscale; default: the run's")] = None,
+    size: Annotated[int | None, typer.Option("--size", help="pixels of the square crop")] = None,
+    resize: Annotated[int | None, typer.Option(
+        "--resize", help="shorter side before the crop; 0: the image as it is")] = None,
+    weights: Annotated[str | None, typer.Option(
+        "--weights", help="raw or ema; default: ema where the run averages its weights")] = None,
+    batch_size: Annotated[int | None, typer.Option(
+        "--batch-size", help="images of one rank in one forward")] = None,
+    ensemble: Annotated[list[str] | None, typer.Option(
+        "--ensemble", metavar="RUN[@STEP]", help="average with this run too; repeatable")] = None,
+    responses: Annotated[bool, typer.Option(
+        "--responses", help="also measure how strongly each layer responds")] = False,
     runs: Runs = "runs",
     as_json: Json = False,
 ) -> None:
-    """Evaluate a checkpoint on every validation image."""
+    """Evaluate a checkpoint on every validation image; report in RUN/eval and TensorBoard.
+
+    Several ranks: `torchrun --nproc-per-node 8 --no-python resnet-dist eval RUN`
+
+    Example: `resnet-dist eval resnet50 --protocol 10crop --ensemble resnet101`
+    """
     from launcher.foreground import evaluate_here
 
-    result = evaluate_here(run, runs, step)
+    result = evaluate_here(run, runs, step=step, split=split, protocol=protocol, size=size,
+                           resize=resize, weights=weights, batch_size=batch_size,
+                           ensemble=tuple(ensemble or ()), responses=responses)
+    if result is None:
+        return  # torchrun's other ranks: rank 0 tells
     if as_json:
         print(json.dumps(result))
-    else:
-        console.print(f"step {result['step']}: top-1 {result['top1']:.2f}%, top-5 "
-                      f"{result['top5']:.2f}%, loss {result['loss']:.4f} over "
-                      f"{result['samples']:,} images")
+        return
+    low, high = result["top1_interval"]
+    low5, high5 = result["top5_interval"]
+    console.print(
+        f"{' + '.join(result['members'])}, {result['protocol']} of {result['split']}: top-1 "
+        f"[bold]{result['top1']:.2f}%[/] ({low:.2f} to {high:.2f}), top-5 {result['top5']:.2f}% "
+        f"({low5:.2f} to {high5:.2f}), loss {result['loss']:.4f}, calibration error "
+        f"{result['ece']:.2f}% over {result['samples']:,} images; intervals at 95%\n"
+        f"report  {result['report']}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -19,7 +19,14 @@ from rich.console import Console
 
 from launcher.freeze import create_run, find_run
 from launcher.supervisor import supervise_here
-from resnet_dist.config import Config, ConfigError, load_config, load_frozen, world_problems
+from resnet_dist.config import (
+    EVAL_PROTOCOLS,
+    Config,
+    ConfigError,
+    load_config,
+    load_frozen,
+    world_problems,
+)
 from resnet_dist.paths import RunPaths
 
 
@@ -62,17 +69,33 @@ def _create_or_reopen(config: Config) -> RunPaths:
     return run
 
 
-def evaluate_here(name: str, runs: str, step: int | None) -> dict[str, Any]:
-    """Evaluate a checkpoint in a child process. Raises: ConfigError on bad input."""
+def evaluate_here(name: str, runs: str, *, ensemble: tuple[str, ...] = (), responses: bool = False,
+                  **asked: str | int | None) -> dict[str, Any] | None:
+    """Evaluate a checkpoint, or several together, in a child process; None on torchrun's others.
+
+    asked: step, split, protocol, size, resize, weights, batch_size; None leaves it as configured.
+    Raises: ConfigError on bad input.
+    """
+    choices = {"protocol": EVAL_PROTOCOLS, "weights": ("raw", "ema")}
+    for key, valid in choices.items():
+        if asked.get(key) not in (None, *valid):
+            raise ConfigError(f"--{key} = {asked[key]}: pick one of {', '.join(valid)}")
     run = find_run(name, runs)
     load_frozen(run.config)
-    command = [sys.executable, "-m", "resnet_dist.evaluate", str(run.root)]
-    if step is not None:
-        command += ["--step", str(step)]
+    command = [sys.executable, "-m", "resnet_dist.evaluate_run", str(run.root)]
+    for key, value in asked.items():
+        if value is not None:
+            command += [f"--{key.replace('_', '-')}", str(value)]
+    for member in ensemble:
+        other, _, step = member.partition("@")
+        command += ["--ensemble", f"{find_run(other, runs).root}@{step}"]
+    if responses:
+        command.append("--responses")
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(done.returncode)
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    lines = done.stdout.splitlines()
+    result: dict[str, Any] | None = json.loads(lines[-1]) if lines else None
     return result
 
 

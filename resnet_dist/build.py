@@ -9,11 +9,12 @@ import numpy as np
 import torch
 
 from resnet_dist.config import Config
-from resnet_dist.data.loader import EvalLoader, TrainLoader, normalization
+from resnet_dist.data.loader import TrainLoader, normalization
 from resnet_dist.data.manifest import Manifest
 from resnet_dist.distributed import World, cores_per_rank
 from resnet_dist.models import build_model
 from resnet_dist.paths import DatasetPaths
+from resnet_dist.views import Views, open_views
 
 
 def model_of(config: Config, manifest: Manifest) -> torch.nn.Module:
@@ -38,12 +39,11 @@ def train_loader(config: Config, world: World, first_step: int) -> TrainLoader:
         verify=config.data.verify, first_step=first_step)
 
 
-def eval_loader(config: Config, world: World) -> EvalLoader:
-    """This rank's contiguous slice of the evaluation split, once."""
-    return EvalLoader(
-        data_path(config), config.eval.split, resize=config.eval.resize, size=config.eval.size,
-        batch_size=config.eval.batch_size, rank=world.rank, world=world.size,
-        threads=config.data.threads or cores_per_rank(config), verify=config.data.verify)
+def eval_loader(config: Config, world: World) -> Views:
+    """This rank's contiguous slice of the evaluation split, once, as `eval.protocol` shows it."""
+    return open_views(data_path(config), config.eval, world,
+                      threads=config.data.threads or cores_per_rank(config),
+                      verify=config.data.verify)
 
 
 def data_path(config: Config) -> Path:

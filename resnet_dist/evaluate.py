@@ -1,102 +1,115 @@
 """Exact distributed evaluation: every sample once, at any world size.
 
-In: a module in eval mode and a rank's contiguous slice of a split. Out: the same numbers on all
-ranks. `python -m resnet_dist.evaluate RUN_DIR [--step N]` evaluates a checkpoint and prints JSON.
+In: networks in eval mode and a rank's contiguous slice of a split. Out: what they made of every
+sample, the same on all ranks. Several networks, mirror images, crops and scales are averaged as
+probabilities. World and batch size change the order of no addition, so they change results only
+where the device computes a batch of another size with another rounding.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import logging
-import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from resnet_dist.build import eval_loader, model_of, normalization_of
-from resnet_dist.checkpoint import CheckpointError, load_model, newest_valid
-from resnet_dist.config import ConfigError, load_frozen
-from resnet_dist.data.loader import DataError, EvalLoader
-from resnet_dist.data.manifest import check_dataset
-from resnet_dist.distributed import World, all_sum, init_world, shutdown
-from resnet_dist.engine import DDPEngine
-from resnet_dist.losses import correct
-from resnet_dist.paths import RunPaths
+from resnet_dist.distributed import World, gather_rows
+from resnet_dist.judge import Outcomes, summary
+from resnet_dist.views import Views
+
+# What maps prepared images [n, 3, h, w] to logits [n, classes], and what prepares uint8
+# [n, h, w, 3] on the device for it.
+Member = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
+
+_COLUMNS = 6  # of one sample's row: id, label, predicted, place, confidence, loss
 
 
-def evaluate(model: nn.Module, normalize: Callable[[Tensor], Tensor], loader: EvalLoader,
-             world: World) -> dict[str, float]:
-    """Loss and accuracies over all ranks' batches. Collective.
+def evaluate(model: Callable[[Tensor], Tensor], normalize: Callable[[Tensor], Tensor],
+             views: Views, world: World) -> dict[str, float]:
+    """loss (mean over samples, nats), top1 and top5 (percent), samples of one network.
 
     Args:
-        model: in eval mode; maps prepared images [n, 3, S, S] to logits [n, classes].
-        normalize: uint8 [n, S, S, 3] on the device -> what the model takes.
-        loader: this rank's slice; closed on the way out.
-    Returns:
-        loss (mean cross-entropy, nats), top1 and top5 (percent), samples (count).
+        model: in eval mode; maps prepared images [n, 3, h, w] to logits [n, classes].
+        normalize: uint8 [n, h, w, 3] on the device -> what the model takes.
+        views: this rank's slice; closed on the way out.
+
+    Collective. Raises: DataError.
     """
-    totals = torch.zeros(4, dtype=torch.float64, device=world.device)
-    with torch.no_grad(), loader:
-        for batch in loader:
-            images = batch.images.to(world.device, non_blocking=True)
-            labels = batch.labels.to(world.device, non_blocking=True)
-            logits = model(normalize(images)).float()
-            top1, top5 = correct(logits, labels)
-            totals += torch.stack([
-                F.cross_entropy(logits, labels, reduction="sum").double(), top1.double(),
-                top5.double(), torch.full_like(top1, len(labels), dtype=torch.float64)])
-    loss, top1, top5, samples = all_sum(totals, world).tolist()
-    return {"loss": loss / samples, "top1": 100 * top1 / samples, "top5": 100 * top5 / samples,
-            "samples": int(samples)}
+    with views:
+        found = summary(predict([(model, normalize)], views, world))
+    return {key: found[key] for key in ("loss", "top1", "top5", "samples")}
 
 
-def evaluate_checkpoint(run: RunPaths, step: int | None) -> dict[str, float]:
-    """Evaluate one checkpoint of a run (None: the newest valid one) on its evaluation split.
+def predict(members: Sequence[Member], views: Views, world: World) -> Outcomes:
+    """What `members` together make of every sample of the split.
 
-    Collective under torchrun; otherwise this process alone.
-    Raises: ConfigError, CheckpointError, DataError.
+    Each view of an image passes through each member; the mean of the softmax is the answer. Kept as
+    logarithms in float64, so that a very sure network does not underflow. Equal probabilities rank
+    by class index. An image whose logits are not numbers is wrong, and its loss is NaN.
+
+    Collective. Raises: RuntimeError where a sample was seen twice or never; DataError.
     """
-    config = load_frozen(run.config)
-    manifest = check_dataset(config)
-    if step is None:
-        found = newest_valid(run)
-        if found is None:
-            raise ConfigError(f"RUN = {run.root}: has no checkpoint yet")
-        paths = found[0]
-    else:
-        paths = run.checkpoint(step)
-        if not paths.root.is_dir():
-            have = ", ".join(str(other.step) for other in run.checkpoints_on_disk()) or "none"
-            raise ConfigError(f"--step = {step}: no such checkpoint; there is {have}")
-    weights, _ = load_model(paths)
-    world = init_world(config)
-    engine = DDPEngine(model_of(config, manifest), config, world,
-                       normalization_of(config, manifest))
-    engine.module.load_state_dict(weights)
-    with engine.eval_model() as model:
-        result = evaluate(model, engine.normalize, eval_loader(config, world), world)
-    shutdown()
-    return {"step": paths.step, **result}
+    rows = []
+    with torch.inference_mode():
+        for group in views:
+            labels = group.labels.to(world.device, non_blocking=True)
+            scores = _mean_log_probabilities(members, group.images, len(labels), world.device)
+            rows.append(_outcome_rows(group.sample_ids.to(world.device), labels, scores))
+    return _gather(rows, views.num_samples, world)
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m resnet_dist.evaluate")
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--step", type=int)
-    options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
-    try:
-        result = evaluate_checkpoint(RunPaths(options.run.absolute()), options.step)
-    except (ConfigError, CheckpointError, DataError) as error:
-        logging.error("%s", error)
-        return 2
-    sys.stdout.write(json.dumps(result) + "\n")
-    return 0
+def _mean_log_probabilities(members: Sequence[Member], shown: Iterable[tuple[Tensor, Tensor]],
+                            count: int, device: torch.device) -> Tensor:
+    """float64 [count, classes]: log of the mean over members and views.
+
+    shown: (positions int64 [m], images uint8 [m, h, w, 3]); a position at most once in each.
+    """
+    total: Tensor | None = None
+    seen = torch.zeros(count, 1, dtype=torch.float64, device=device)
+    for positions, images in shown:
+        images = images.to(device, non_blocking=True)
+        positions = positions.to(device, non_blocking=True)
+        for model, prepare in members:
+            score = F.log_softmax(model(prepare(images)).double(), dim=1)
+            if total is None:
+                total = score.new_full((count, score.shape[1]), -torch.inf)
+            total[positions] = torch.logaddexp(total[positions], score)
+            seen[positions] += 1
+    assert total is not None, "a group shows at least one view"
+    return total - seen.log()
 
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def _outcome_rows(sample_ids: Tensor, labels: Tensor, scores: Tensor) -> Tensor:
+    """float64 [n, 6] from log-probabilities [n, classes]."""
+    classes = scores.shape[1]
+    index = torch.arange(classes, device=scores.device)
+    own = scores.gather(1, labels[:, None])
+    ahead = ~(scores <= own) | ((scores == own) & (index < labels[:, None]))
+    places = torch.where(torch.isfinite(own[:, 0]), ahead.sum(1), classes)
+    best = scores.amax(1)
+    # The first of equals: argmax leaves it to the device which one it names.
+    predicted = torch.where(scores == best[:, None], index, classes).amin(1)
+    predicted = predicted.clamp(max=classes - 1)
+    return torch.stack([sample_ids.double(), labels.double(), predicted.double(), places.double(),
+                        best.exp(), -own[:, 0]], dim=1)
+
+
+def _gather(rows: list[Tensor], samples: int, world: World) -> Outcomes:
+    """All ranks' rows in sample order, on every rank. Collective."""
+    longest = -(-samples // world.size)
+    mine = torch.full((longest, _COLUMNS), -1.0, dtype=torch.float64, device=world.device)
+    found = torch.cat(rows) if rows else mine[:0]
+    if len(found) > longest:
+        raise RuntimeError(f"rank {world.rank} saw {len(found)} of {samples} samples, expected at "
+                           f"most {longest}")
+    mine[:len(found)] = found
+    table = gather_rows(mine.reshape(-1), world).reshape(-1, _COLUMNS).cpu().numpy()
+    table = table[table[:, 0] >= 0]
+    table = table[table[:, 0].argsort(kind="stable")]
+    ids = table[:, 0].astype("int64")
+    if len(ids) != samples or (ids != range(samples)).any():
+        raise RuntimeError(f"the ranks saw {len(ids)} samples, {len(set(ids.tolist()))} of them "
+                           f"different; the split has {samples}: each must be seen once")
+    labels, predicted, places = (table[:, column].astype("int64") for column in (1, 2, 3))
+    return Outcomes(ids, labels, predicted, places, table[:, 4], table[:, 5])
