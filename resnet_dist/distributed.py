@@ -41,7 +41,8 @@ def init_world(config: Config) -> World:
     rank, size, local_rank = (_environment_int(key, default) for key, default in
                               (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = _choose_device(config, local_rank)
-    torch.set_num_threads(config.threads or (1 if config.mode == "exact" else cores_per_rank(config)))
+    torch.set_num_threads(config.threads
+                          or (1 if config.mode == "exact" else cores_per_rank(config)))
     if device.type == "cuda":
         _make_cuda_repeatable(device)
     if size == 1:
@@ -142,7 +143,7 @@ def gather_rows(row: torch.Tensor, world: World) -> torch.Tensor:
     if world.size == 1:
         return row.detach().clone()[None]
     rows = torch.empty((world.size, *row.shape), dtype=row.dtype, device=row.device)
-    dist.all_gather_into_tensor(rows.view(-1) if row.dim() == 1 else rows, row.contiguous())
+    dist.all_gather(list(rows.unbind(0)), row.contiguous())
     return rows
 
 
