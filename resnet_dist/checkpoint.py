@@ -98,13 +98,16 @@ class CheckpointWriter:
 
     Args:
         keep_last: how many of the newest checkpoints stay.
+        keep_every_steps: those at multiples of this stay too, for good; None: none do.
         fence: called right before the commit; it raises to refuse it, e.g. because another job owns
             the run by now.
     """
 
-    def __init__(self, run: RunPaths, keep_last: int,
-                 fence: Callable[[], None] | None = None) -> None:
-        self._run, self._keep_last, self._fence = run, keep_last, fence
+    def __init__(self, run: RunPaths, keep_last: int, fence: Callable[[], None] | None = None,
+                 keep_every_steps: int | None = None) -> None:
+        self._run, self._fence = run, fence
+        self._keep_last, self._keep_every_steps = keep_last, keep_every_steps
+        self.best_step: int | None = None  # the loop sets it: this checkpoint stays too
         self._thread: threading.Thread | None = None
         self._results: list[Saved] = []
 
@@ -149,7 +152,7 @@ class CheckpointWriter:
             return
         self._results.append(Saved(step, time.monotonic() - started, size))
         try:
-            retain(self._run, self._keep_last)
+            retain(self._run, self._keep_last, self._keep_every_steps, self.best_step)
         except OSError as error:
             log.warning("old checkpoints not removed: %s", error)
 
@@ -194,10 +197,13 @@ def write(run: RunPaths, step: int, state: EngineState, meta: dict[str, Any],
     return size
 
 
-def retain(run: RunPaths, keep_last: int) -> None:
-    """Delete all but the newest checkpoints."""
+def retain(run: RunPaths, keep_last: int, keep_every_steps: int | None = None,
+           best_step: int | None = None) -> None:
+    """Delete all but the newest checkpoints, every so many steps' and the best."""
     for paths in run.checkpoints_on_disk()[keep_last:]:
-        _discard(run, paths)
+        kept = keep_every_steps is not None and paths.step % keep_every_steps == 0
+        if not kept and paths.step != best_step:
+            _discard(run, paths)
 
 
 def discard_after(run: RunPaths, step: int) -> None:

@@ -153,6 +153,8 @@ class EmaConfig:
 class CheckpointConfig:
     every_steps: Count = 1000
     keep_last: Count = 3
+    keep_every_steps: Count | None = None  # checkpoints at multiples of it stay for good
+    keep_best: bool = False  # so does the one after the best evaluation
 
 
 EVAL_PROTOCOLS = ("1crop", "flip", "10crop", "multiscale")

@@ -44,7 +44,7 @@ def init_world(config: Config) -> World:
     torch.set_num_threads(config.threads
                           or (1 if config.mode == "exact" else cores_per_rank(config)))
     if device.type == "cuda":
-        _make_cuda_repeatable(device)
+        _settle_cuda(config)
     if size == 1:
         return World(rank, size, local_rank, device)
     # A rank that is gone is noticed by its closed socket, one that hangs by the supervisor; this
@@ -245,12 +245,16 @@ def cores_per_rank(config: Config) -> int:
     return max(cores, 1)
 
 
-def _make_cuda_repeatable(device: torch.device) -> None:
+def _settle_cuda(config: Config) -> None:
     """Choose kernels by shape alone, so that a resumed run computes the same bits.
 
     cuDNN's benchmark may pick another algorithm in every process, and some backward kernels add
-    with atomics unless told not to.
+    with atomics unless told not to. torch would run float32 convolutions, but not matrix products,
+    in TF32 by default: here both do where `precision` says so.
     """
+    fp32 = "tf32" if config.precision == "tf32" else "ieee"
+    torch.backends.cudnn.conv.fp32_precision = fp32  # type: ignore[attr-defined]
+    torch.backends.cuda.matmul.fp32_precision = fp32
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True

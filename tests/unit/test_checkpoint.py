@@ -1,4 +1,4 @@
-"""Checkpoints: what is committed is complete, what is damaged is named, what fails harms nothing."""
+"""Checkpoints: what is committed is complete, what is damaged is named, failures harm nothing."""
 
 from __future__ import annotations
 
@@ -70,6 +70,15 @@ def test_the_newest_stay_and_the_rest_go(run: RunPaths) -> None:
         writer.save(step, make_state(step), {})
     assert [saved.step for saved in writer.wait()] == [1, 2, 10, 9]
     assert sorted(os.listdir(run.checkpoints)) == ["step_00000009", "step_00000010"]
+
+
+def test_every_nth_and_the_best_stay_too(run: RunPaths) -> None:
+    writer = CheckpointWriter(run, keep_last=1, keep_every_steps=4)
+    for step in range(1, 10):
+        writer.save(step, make_state(step), {})
+        writer.wait()
+        writer.best_step = 2 if step == 2 else writer.best_step
+    assert [paths.step for paths in run.checkpoints_on_disk()] == [9, 8, 4, 2]
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture],
