@@ -13,7 +13,7 @@ from pathlib import Path
 
 from launcher.scheduler import node_names
 from launcher.supervisor import Place, Supervisor, log_to_stderr
-from resnet_dist.config import load_frozen
+from resnet_dist.config import Config, load_frozen
 from resnet_dist.paths import RunPaths
 
 REQUEUE_CODE = 77  # where SLURM has RequeueExit=77
@@ -42,12 +42,16 @@ class TrainJob:
         log_to_stderr(place.node)
         if place.where == "local":
             _restore_gpus()
-        outcome = Supervisor(run, load_frozen(run.config), place).run()
+        outcome = self.supervisor(run, load_frozen(run.config), place).run()
         if outcome.kind == "failed":
             raise RunFailed(outcome.cause)
         if outcome.kind == "requeue":
             sys.exit(REQUEUE_CODE)
         return outcome.kind
+
+
+    def supervisor(self, run: RunPaths, config: Config, place: Place) -> Supervisor:
+        return Supervisor(run, config, place)
 
 
 def here() -> Place:

@@ -36,7 +36,7 @@ def submit(config: Config, run: RunPaths, *, local: bool = False) -> str:
     record(run, "submitted", where=where, nodes=launch.nodes, ranks_per_node=launch.ranks_per_node,
            steps=config.steps, batch_size=config.batch_size)
     try:
-        job = _start_detached(run) if local else _queue(config, run)
+        job = _start_detached(run) if local else queue(config, run, TrainJob(str(run.root)))
     except Exception as error:
         record(run, "failed", cause=f"not submitted: {' '.join(str(error).split())[:300]}", step=0)
         raise
@@ -85,7 +85,8 @@ def sbatch_parameters(config: Config) -> dict[str, Any]:
     return {key: value for key, value in parameters.items() if value is not None}
 
 
-def _queue(config: Config, run: RunPaths) -> str:
+def queue(config: Config, run: RunPaths, train_job: TrainJob) -> str:
+    """Hand the job to SLURM; its id. Raises: ConfigError where SLURM refuses it."""
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
@@ -93,7 +94,7 @@ def _queue(config: Config, run: RunPaths) -> str:
     executor.update_parameters(**sbatch_parameters(config))
     before = os.umask(0o077)  # pickles and logs are the owner's
     try:
-        return str(executor.submit(TrainJob(str(run.root))).job_id)
+        return str(executor.submit(train_job).job_id)
     except (FailedJobError, FailedSubmissionError, OSError, subprocess.SubprocessError) as error:
         lines = [line.strip() for line in str(error).splitlines() if "sbatch" in line.lower()]
         reason = lines[-1] if lines else " ".join(str(error).split())[:300]

@@ -221,9 +221,11 @@ class Supervisor:
                 if outcome.kind != "again":
                     return outcome
                 continue
-            if not attempt.cause:
-                log.warning("workers saved and left unasked; starting them again")
-                continue
+            if not attempt.cause:  # a signal that reached the workers first, or nobody's
+                self._pause(1.0)
+                if self._asked_to_stop():
+                    continue
+                attempt.trouble = "workers saved and left though nobody asked them to"
             self._record("crashed", attempt=attempt.number, cause=attempt.cause,
                          checkpoint=self._checkpoint(), reached=self._reached(attempt.number))
             if attempt.failure and attempt.failure.code in (BAD_INPUT, DIVERGED):

@@ -26,6 +26,7 @@ FINISHED, CRASHED, BAD_INPUT, DIVERGED, SAVED = 0, 1, 2, 3, 75
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 RESEND_S = 0.5
 _ERROR_LINE = re.compile(r"[\w.]*(Error|Exception|Interrupt|Exit|Diverged|Warning)\b")
+_LOG_PREFIX = re.compile(r"^[-\d]{10} [\d:,.]+ rank \d+: ")
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _PR_SET_PDEATHSIG = 1
 
@@ -166,7 +167,7 @@ class Workers:
 
 def last_error(lines: Sequence[str]) -> str:
     """The last line of a log that names an error, else its last line; at most 500 characters."""
-    spoken = [line for line in lines if line]
+    spoken = [_LOG_PREFIX.sub("", line) for line in lines if line]
     errors = [line for line in spoken[-20:] if _ERROR_LINE.search(line)]
     return (errors or spoken or [""])[-1][:500]
 

@@ -11,6 +11,7 @@ after a stop signal. `faults.json` in the run directory says what goes wrong in 
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -18,7 +19,9 @@ import sys
 import time
 from pathlib import Path
 
+from launcher.job import TrainJob
 from launcher.supervisor import Place, Supervisor, log_to_stderr
+from launcher.workers import STOP_SIGNALS
 from resnet_dist.config import Config, config_from_dict, dump_config, load_frozen
 from resnet_dist.paths import RunPaths
 
@@ -44,7 +47,10 @@ def work(run: RunPaths) -> int:
     config = load_frozen(run.config)
     assert int(os.environ["WORLD_SIZE"]) == config.world
     asked: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    # As in the training loop, signals are ignored again when the work is done: the interpreter's
+    # own end would otherwise make them deadly.
+    atexit.register(lambda: [signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS])
+    for number in STOP_SIGNALS:
         signal.signal(number, lambda number, frame: asked.append(number))
     faults = json.loads((run.root / "faults.json").read_text())
     fault = faults.get(attempt, faults.get("*", {}))
@@ -90,7 +96,7 @@ def misbehave(what: str) -> None:
         case "hang":
             time.sleep(1000)
         case "deaf":
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            for number in STOP_SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
 
 
@@ -101,6 +107,14 @@ def supervise(run: RunPaths, place: dict) -> int:
     outcome = Supervisor(run, load_frozen(run.config), Place(**place), command=command).run()
     print(json.dumps([outcome.kind, outcome.cause]))
     return 0
+
+
+class StandInJob(TrainJob):
+    """The job that SLURM runs, around the stand-in worker."""
+
+    def supervisor(self, run: RunPaths, config: Config, place: Place) -> Supervisor:
+        return Supervisor(run, config, place,
+                          command=[sys.executable, __file__, "work", str(run.root)])
 
 
 if __name__ == "__main__":
