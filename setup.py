@@ -1,8 +1,8 @@
 """Builds the native decoders; everything else about the package stands in pyproject.toml.
 
 The results are plain shared libraries without a Python API, loaded with ctypes. They must run on any
-x86-64 node whatever node built it, so there is no -march here: hot loops choose their code when they
-run.
+x86-64 node whatever node built it, so there is no -march here: hot loops choose their code when
+they run.
 """
 
 from setuptools import Extension, setup
@@ -14,7 +14,8 @@ setup(
         Extension(
             "resnet_dist.data._native",
             sources=[f"{NATIVE}/{name}.cpp"
-                     for name in ("decode", "huffman", "kernels", "resize", "taps")],
+                     for name in ("decode", "huffman", "kernels", "ops", "resize",
+                                  "taps")],
             depends=[f"{NATIVE}/native.h", f"{NATIVE}/huffman.h"],
             language="c++",
             libraries=["jpeg"],  # libjpeg-turbo; Debian: libjpeg-dev, libxxhash-dev

@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from resnet_dist.config import AugmentConfig
-from resnet_dist.data.native import PLAN
+from resnet_dist.data import policy
+from resnet_dist.data.native import PLAN, Op
 from resnet_dist.data.random import Purpose, normals, uniforms
 
 # Principal components of RGB (in [0, 1]) over ImageNet's training images: standard deviations along
@@ -30,9 +31,27 @@ def train_plans(augment: AugmentConfig, seed: int, epochs: np.ndarray, ids: np.n
                  widths.astype(np.int64), size)
     if augment.flip:
         plans["flip"] = uniforms(seed, epochs, ids, Purpose.FLIP, 1)[:, 0] < 0.5
+    if augment.rand_ops:
+        policy.rand_augment(plans, augment, seed, epochs, ids)
+    if augment.brightness or augment.contrast or augment.saturation:
+        policy.color_jitter(plans, augment, seed, epochs, ids)
     if augment.pca:
-        plans["shift"] = pca_shift(augment.pca, seed, epochs, ids)
+        shift = pca_shift(augment.pca, seed, epochs, ids)
+        alone = plans["num_ops"] == 0
+        plans["shift"][alone] = shift[alone]  # added before rounding, at no cost
+        policy.append(plans, ~alone, Op.SHIFT, *shift.T)
+    if augment.erase:
+        policy.random_erasing(plans, augment, seed, epochs, ids, size)
     return plans
+
+
+def size_at(augment: AugmentConfig, epoch: int) -> int:
+    """Side of the crop in batches that begin in `epoch` (progressive resizing)."""
+    size = augment.size
+    for first, later in augment.sizes:
+        if epoch >= first:
+            size = later
+    return size
 
 
 def scale_crop(augment: AugmentConfig, seed: int, epochs: np.ndarray, ids: np.ndarray,

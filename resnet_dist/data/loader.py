@@ -15,6 +15,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 
@@ -263,7 +264,7 @@ class TrainLoader(_Loader):
             self._engine = _Engine(
                 self.reader,
                 self._plan(augment, seed, batch_size, rank, world, first_step),
-                lambda size: padding(self.reader.manifest, paths, augment.normalize, size),
+                cache(lambda size: padding(self.reader.manifest, paths, augment.normalize, size)),
                 threads=threads, prefetch=prefetch, verify=verify)
         except BaseException:
             self.reader.close()
@@ -275,9 +276,10 @@ class TrainLoader(_Loader):
         while True:
             start, stop = order.batch_slice(step, batch_size, rank, world)
             epochs, ids = order.stream(seed, n, start, stop)
+            size = augmentations.size_at(augment, step * batch_size // n)  # alike on every rank
             plans = augmentations.train_plans(augment, seed, epochs, ids, image["height"][ids],
-                                              image["width"][ids], augment.size)
-            yield _Plan(step, epochs, ids, plans, augment.size)
+                                              image["width"][ids], size)
+            yield _Plan(step, epochs, ids, plans, size)
             order.permutation(seed, int(epochs[-1]) + 1, n)  # ready before the epoch changes
             step += 1
 

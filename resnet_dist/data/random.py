@@ -25,7 +25,7 @@ class Purpose(IntEnum):
     ERASE = 5
     RANDAUGMENT = 6
     MIX = 7
-    ERASE_NOISE = 8
+    RANDAUGMENT_STRENGTH = 8
     MODEL = 9  # the network's own draws: dropout, stochastic depth
 
 

@@ -15,6 +15,7 @@ import bisect
 import ctypes
 import mmap
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from resnet_dist.data.ffcv_types import (
     FieldDescType,
     HeaderType,
 )
-from resnet_dist.data.manifest import Manifest, Shard, load_manifest
+from resnet_dist.data.manifest import Manifest, Shard, index_digest, load_manifest
 from resnet_dist.data.native import JPEG, RAW
 
 _MIN_PAGE = 1 << 21  # FFCV's smallest page
@@ -187,6 +188,19 @@ def check_shard(descriptor: int, file: Path, shard: Shard,
     if stored is None or table_bytes is None:
         raise refuse("became shorter while it was read")
     metadata, table = stored.view(METADATA_TYPE), table_bytes.view(ALLOC_TABLE_TYPE)
+    _check_table(metadata, table, body, table_at, page_size, num_classes, refuse)
+    index = index_digest(head.tobytes() + stored.tobytes(), table_bytes.tobytes())
+    if shard.index_xxh3 not in (None, index):
+        raise refuse("its labels or metadata are not those that were written")
+    of_sample = np.empty(count, np.int64)
+    of_sample[table["sample_id"].astype(np.int64)] = np.arange(count)
+    return metadata, table["size"][of_sample].astype(np.uint32)
+
+
+def _check_table(metadata: np.ndarray, table: np.ndarray, body: int, table_at: int, page_size: int,
+                 num_classes: int, refuse: Callable[[str], DataError]) -> None:
+    """Every allocation lies in the data, none overlap, and every sample points at its own."""
+    count = len(metadata)
 
     starts, sizes = table["ptr"], table["size"]
     limit, low = np.uint64(table_at), np.uint64(body)
@@ -217,7 +231,6 @@ def check_shard(descriptor: int, file: Path, shard: Shard,
     ):
         if bad.any():
             raise refuse(f"sample {int(np.argmax(bad))} {what}")
-    return metadata, sample_sizes.astype(np.uint32)
 
 
 def _read(descriptor: int, offset: int, count: int) -> np.ndarray | None:

@@ -16,7 +16,8 @@ from ffcv.writer import DatasetWriter
 from PIL import Image
 
 from resnet_dist.data import native
-from resnet_dist.data.manifest import Manifest, Shard, Split, dump_manifest
+from resnet_dist.data.ffcv_types import METADATA_TYPE, FieldDescType, HeaderType
+from resnet_dist.data.manifest import Manifest, Shard, Split, dump_manifest, index_digest
 
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
 
@@ -109,8 +110,11 @@ def write_dataset(root: Path, splits: dict[str, list[list[Sample]]], *, classes:
 
 
 def _record(root: Path, file: Path, samples: int) -> Shard:
-    return Shard(file=str(file.relative_to(root)), samples=samples, bytes=file.stat().st_size,
-                 sha256=hashlib.sha256(file.read_bytes()).hexdigest())
+    data = file.read_bytes()
+    head = HeaderType.itemsize + 3 * FieldDescType.itemsize + samples * METADATA_TYPE.itemsize
+    return Shard(file=str(file.relative_to(root)), samples=samples, bytes=len(data),
+                 sha256=hashlib.sha256(data).hexdigest(),
+                 index_xxh3=index_digest(data[:head], data[-24 * samples:]))
 
 
 def photographs(count: int) -> list[bytes]:

@@ -6,21 +6,51 @@ In: addresses and sizes of stored bytes. Out: pixels in the caller's memory. Imp
 from __future__ import annotations
 
 import ctypes
+from enum import IntEnum
+from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import numpy as np
 
 # Mirrors `struct Plan` in native.h. Lengths are source pixels, `shift` is grey levels.
+OP = np.dtype([("code", "<i4"), ("args", "<f4", (4,))])
+MAX_OPS = 14
 PLAN = np.dtype([
     ("top", "<f8"), ("left", "<f8"), ("height", "<f8"), ("width", "<f8"),
-    ("flip", "<i4"), ("copy", "<i4"), ("shift", "<f4", (3,)), ("reserved", "<i4"),
-])
+    ("flip", "<i4"), ("copy", "<i4"), ("shift", "<f4", (3,)), ("num_ops", "<i4"),
+    ("ops", OP, (MAX_OPS,)),
+], align=True)
+
+
+class Op(IntEnum):
+    """What may be done to a finished crop; `enum OpCode` in native.h explains the arguments."""
+
+    BRIGHTNESS = 1
+    CONTRAST = 2
+    COLOR = 3
+    SHARPNESS = 4
+    AUTO_CONTRAST = 5
+    EQUALIZE = 6
+    INVERT = 7
+    POSTERIZE = 8
+    SOLARIZE = 9
+    SOLARIZE_ADD = 10
+    SHEAR_X = 11
+    SHEAR_Y = 12
+    TRANSLATE_X = 13
+    TRANSLATE_Y = 14
+    ROTATE = 15
+    SHIFT = 16
+    ERASE = 17
+
 
 JPEG, RAW = 0, 1  # `mode` in FFCV's image metadata
 
 
-def _load() -> ctypes.CDLL:
+@cache
+def library() -> ctypes.CDLL:
+    """The shared library. Raises: ImportError where it was not built."""
     folder = Path(__file__).parents[1]
     for suffix in EXTENSION_SUFFIXES:
         file = folder / f"_native{suffix}"
@@ -31,7 +61,7 @@ def _load() -> ctypes.CDLL:
         "Install libjpeg62-turbo-dev and libxxhash-dev, then run `pip install -e .` again")
 
 
-_library = _load()
+_library = library()
 decode = _library.rd_decode
 decode.argtypes = [
     ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int32,  # bytes, size, digest, check

@@ -269,6 +269,13 @@ int check_plan(Decoder& d, const Plan& plan, int height, int width, int out_h, i
     if (!std::isfinite(value) || std::fabs(value) > 1e6) return fail(d, kPlan, "plan is not finite");
   if (out_h < 1 || out_w < 1 || out_h > 65536 || out_w > 65536)
     return fail(d, kPlan, "output size is out of range");
+  if (plan.num_ops < 0 || plan.num_ops > kMaxOps) return fail(d, kPlan, "too many operations");
+  for (int i = 0; i < plan.num_ops; ++i) {
+    const Op& op = plan.ops[i];
+    for (float value : {op.a, op.b, op.c, op.d})
+      if (!std::isfinite(value) || std::fabs(value) > 1e6f)
+        return fail(d, kPlan, "an operation is not finite");
+  }
   if (plan.height <= 0 || plan.width <= 0) return fail(d, kPlan, "the crop is empty");
   for (float value : plan.shift)
     if (std::fabs(value) > 255) return fail(d, kPlan, "colour shift is out of range");
@@ -336,10 +343,15 @@ EXPORT int rd_decode(const uint8_t* data, uint64_t size, uint64_t digest, int ch
   if (check && XXH3_64bits(data, size) != digest)
     return fail(d, kDigest, "its bytes do not match the hash recorded when it was converted");
   if (int status = check_plan(d, *plan, height, width, out_h, out_w)) return status;
+  int status = kMismatch;
   if (mode == kJpeg)
-    return decode_jpeg(d, data, size, height, width, *plan, pad, out, out_h, out_w);
-  if (mode == kRaw) return decode_raw(d, data, size, height, width, *plan, pad, out, out_h, out_w);
-  return fail(d, kMismatch, "unknown image mode");
+    status = decode_jpeg(d, data, size, height, width, *plan, pad, out, out_h, out_w);
+  else if (mode == kRaw)
+    status = decode_raw(d, data, size, height, width, *plan, pad, out, out_h, out_w);
+  else
+    fail(d, kMismatch, "unknown image mode");
+  if (status == kOk && plan->num_ops) apply_ops(*plan, out, out_h, out_w, pad);
+  return status;
 }
 
 // Why the last call of this thread failed.

@@ -4,14 +4,41 @@
 #include <cstdint>
 #include <vector>
 
+// What is done to an image's colours or geometry after the crop. Numbers are those of
+// native/__init__.py.
+enum OpCode : int32_t {
+  kNone = 0,
+  kBrightness, kContrast, kColor, kSharpness,  // a: factor, 1 changes nothing
+  kAutoContrast, kEqualize, kInvert,
+  kPosterize,    // a: bits that stay
+  kSolarize,     // a: threshold
+  kSolarizeAdd,  // a: what is added below 128
+  kShearX, kShearY,          // a: pixels a pixel
+  kTranslateX, kTranslateY,  // a: share of the side
+  kRotate,       // a: degrees, counter-clockwise
+  kShift,        // a, b, c: levels added to R, G, B
+  kErase,        // a, b, c, d: top, left, height, width of what becomes padding
+};
+
+struct Op {
+  int32_t code;
+  float a, b, c, d;
+};
+
+constexpr int kMaxOps = 14;
+
 // What happens to one image. Mirrored by PLAN in native/__init__.py.
 struct Plan {
   double top, left, height, width;  // the box, in source pixels, from the corner of the image
   int32_t flip;                     // mirror left-right
   int32_t copy;                     // 1: no resampling; the box is whole pixels of the output size
   float shift[3];                   // added to R, G, B, in grey levels, before rounding
-  int32_t reserved;
+  int32_t num_ops;                  // then these, in order
+  Op ops[kMaxOps];
 };
+
+// Carry out `plan.ops` on [height, width, 3] in place; `pad` is what lies outside a picture.
+void apply_ops(const Plan& plan, uint8_t* image, int height, int width, const uint8_t* pad);
 
 // One channel of a decoded window. `data` may be read 64 bytes past the last sample.
 struct Plane {

@@ -1,0 +1,210 @@
+// Colour and geometry operations on the finished crop, with the arithmetic of Pillow.
+//
+// In and out: uint8 [height, width, 3]. Every operation is a function of the image and its argument;
+// which ones, and how strong, was drawn in augment.py.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "native.h"
+
+namespace {
+
+uint8_t clip(float value) {  // as Pillow's blend: towards zero
+  return value <= 0.f ? 0 : value >= 255.f ? 255 : static_cast<uint8_t>(value);
+}
+
+uint8_t luma(const uint8_t* p) {  // ITU-R BT.601 in 16 bits, as Pillow's "L"
+  return static_cast<uint8_t>((p[0] * 19595 + p[1] * 38470 + p[2] * 7471 + 0x8000) >> 16);
+}
+
+// out = from + factor * (image - from), `from` being a constant.
+void blend(uint8_t* image, size_t count, int from, float factor) {
+  uint8_t table[256];
+  for (int v = 0; v < 256; ++v) table[v] = clip(from + factor * (v - from));
+  for (size_t i = 0; i < count; ++i) image[i] = table[image[i]];
+}
+
+void contrast(uint8_t* image, size_t pixels, float factor) {
+  uint64_t sum = 0;
+  for (size_t i = 0; i < pixels; ++i) sum += luma(image + 3 * i);
+  blend(image, 3 * pixels, static_cast<int>(double(sum) / pixels + 0.5), factor);
+}
+
+void color(uint8_t* image, size_t pixels, float factor) {
+  for (size_t i = 0; i < pixels; ++i) {
+    uint8_t* p = image + 3 * i;
+    const int grey = luma(p);
+    for (int c = 0; c < 3; ++c) p[c] = clip(grey + factor * (p[c] - grey));
+  }
+}
+
+// Away from, or towards, a 3 x 3 mean with weight 5 of 13 in the middle; the border stays.
+void sharpness(uint8_t* image, int height, int width, float factor, std::vector<uint8_t>& copy) {
+  const int pitch = 3 * width;
+  copy.assign(image, image + size_t(height) * pitch);
+  for (int y = 1; y + 1 < height; ++y)
+    for (int x = 3; x < pitch - 3; ++x) {
+      const uint8_t* at = &copy[size_t(y) * pitch + x];
+      int sum = 5 * at[0] + at[-3] + at[3];
+      for (int side : {-pitch, pitch}) sum += at[side - 3] + at[side] + at[side + 3];
+      const int smooth = static_cast<int>(sum / 13.f + 0.5f);
+      image[size_t(y) * pitch + x] = clip(smooth + factor * (at[0] - smooth));
+    }
+}
+
+void histogram(const uint8_t* image, size_t pixels, int channel, uint32_t counts[256]) {
+  std::memset(counts, 0, 256 * sizeof *counts);
+  for (size_t i = 0; i < pixels; ++i) ++counts[image[3 * i + channel]];
+}
+
+void look_up(uint8_t* image, size_t pixels, int channel, const uint8_t table[256]) {
+  for (size_t i = 0; i < pixels; ++i) image[3 * i + channel] = table[image[3 * i + channel]];
+}
+
+void auto_contrast(uint8_t* image, size_t pixels) {
+  uint32_t counts[256];
+  uint8_t table[256];
+  for (int c = 0; c < 3; ++c) {
+    histogram(image, pixels, c, counts);
+    int low = 0, high = 255;
+    while (low < 255 && !counts[low]) ++low;
+    while (high > 0 && !counts[high]) --high;
+    if (high <= low) continue;
+    const double scale = 255.0 / (high - low), offset = -low * scale;
+    for (int v = 0; v < 256; ++v)
+      table[v] = static_cast<uint8_t>(std::clamp(int(v * scale + offset), 0, 255));
+    look_up(image, pixels, c, table);
+  }
+}
+
+void equalize(uint8_t* image, size_t pixels) {
+  uint32_t counts[256];
+  uint8_t table[256];
+  for (int c = 0; c < 3; ++c) {
+    histogram(image, pixels, c, counts);
+    int used = 0, last = 0;
+    for (int v = 0; v < 256; ++v)
+      if (counts[v]) ++used, last = v;
+    const uint32_t step = static_cast<uint32_t>((pixels - counts[last]) / 255);
+    if (used <= 1 || !step) continue;
+    uint64_t n = step / 2;
+    for (int v = 0; v < 256; ++v) {
+      table[v] = static_cast<uint8_t>(std::min<uint64_t>(n / step, 255));
+      n += counts[v];
+    }
+    look_up(image, pixels, c, table);
+  }
+}
+
+template <class F>
+void map_values(uint8_t* image, size_t count, F f) {
+  uint8_t table[256];
+  for (int v = 0; v < 256; ++v) table[v] = static_cast<uint8_t>(f(v));
+  for (size_t i = 0; i < count; ++i) image[i] = table[image[i]];
+}
+
+// Output (x, y) shows the source at (m0 x + m1 y + m2, m3 x + m4 y + m5), pixel centres at 0.5,
+// interpolated bilinearly; outside lies `pad`.
+void affine(uint8_t* image, int height, int width, const double m[6], const uint8_t* pad,
+            std::vector<uint8_t>& copy) {
+  copy.assign(image, image + size_t(height) * width * 3);
+  for (int y = 0; y < height; ++y)
+    for (int x = 0; x < width; ++x) {
+      const double sx = m[0] * (x + 0.5) + m[1] * (y + 0.5) + m[2];
+      const double sy = m[3] * (x + 0.5) + m[4] * (y + 0.5) + m[5];
+      const size_t at = (size_t(y) * width + x) * 3;
+      if (!(sx >= 0 && sx < width && sy >= 0 && sy < height)) {
+        std::memcpy(image + at, pad + at, 3);
+        continue;
+      }
+      const double fx = std::floor(sx - 0.5), fy = std::floor(sy - 0.5);
+      const double dx = sx - 0.5 - fx, dy = sy - 0.5 - fy;
+      const int x0 = std::max(int(fx), 0), x1 = std::min(int(fx) + 1, width - 1);
+      const int y0 = std::max(int(fy), 0), y1 = std::min(int(fy) + 1, height - 1);
+      for (int c = 0; c < 3; ++c) {
+        const auto value = [&](int yy, int xx) -> double {
+          return copy[(size_t(yy) * width + xx) * 3 + c];
+        };
+        const double top = value(y0, x0) * (1 - dx) + value(y0, x1) * dx;
+        const double bottom = value(y1, x0) * (1 - dx) + value(y1, x1) * dx;
+        image[at + c] = static_cast<uint8_t>(top * (1 - dy) + bottom * dy + 0.5);
+      }
+    }
+}
+
+void rotate(uint8_t* image, int height, int width, float degrees, const uint8_t* pad,
+            std::vector<uint8_t>& copy) {
+  const double angle = -degrees * 3.14159265358979323846 / 180.0;
+  const double c = std::cos(angle), s = std::sin(angle), cx = width / 2.0, cy = height / 2.0;
+  const double m[6] = {c, s, cx - c * cx - s * cy, -s, c, cy + s * cx - c * cy};
+  affine(image, height, width, m, pad, copy);
+}
+
+void erase(uint8_t* image, int height, int width, const Op& op, const uint8_t* pad) {
+  const int top = std::clamp(int(op.a), 0, height), left = std::clamp(int(op.b), 0, width);
+  const int bottom = std::clamp(int(op.a + op.c), top, height);
+  const int right = std::clamp(int(op.b + op.d), left, width);
+  for (int y = top; y < bottom; ++y) {
+    const size_t at = (size_t(y) * width + left) * 3;
+    std::memcpy(image + at, pad + at, size_t(right - left) * 3);
+  }
+}
+
+}  // namespace
+
+void apply_ops(const Plan& plan, uint8_t* image, int height, int width, const uint8_t* pad) {
+  static thread_local std::vector<uint8_t> copy;
+  const size_t pixels = size_t(height) * width, count = 3 * pixels;
+  for (int i = 0; i < plan.num_ops; ++i) {
+    const Op& op = plan.ops[i];
+    const float a = op.a;
+    switch (op.code) {
+      case kBrightness: blend(image, count, 0, a); break;
+      case kContrast: contrast(image, pixels, a); break;
+      case kColor: color(image, pixels, a); break;
+      case kSharpness: sharpness(image, height, width, a, copy); break;
+      case kAutoContrast: auto_contrast(image, pixels); break;
+      case kEqualize: equalize(image, pixels); break;
+      case kInvert: map_values(image, count, [](int v) { return 255 - v; }); break;
+      case kPosterize: {
+        const int mask = 0xFF << (8 - std::clamp(int(a), 0, 8));
+        map_values(image, count, [=](int v) { return v & mask; });
+        break;
+      }
+      case kSolarize: map_values(image, count, [=](int v) { return v < a ? v : 255 - v; }); break;
+      case kSolarizeAdd:
+        map_values(image, count, [=](int v) { return v < 128 ? std::min(255, v + int(a)) : v; });
+        break;
+      case kShearX: {
+        const double m[6] = {1, a, 0, 0, 1, 0};
+        affine(image, height, width, m, pad, copy);
+        break;
+      }
+      case kShearY: {
+        const double m[6] = {1, 0, 0, a, 1, 0};
+        affine(image, height, width, m, pad, copy);
+        break;
+      }
+      case kTranslateX: {
+        const double m[6] = {1, 0, double(a) * width, 0, 1, 0};
+        affine(image, height, width, m, pad, copy);
+        break;
+      }
+      case kTranslateY: {
+        const double m[6] = {1, 0, 0, 0, 1, double(a) * height};
+        affine(image, height, width, m, pad, copy);
+        break;
+      }
+      case kRotate: rotate(image, height, width, a, pad, copy); break;
+      case kShift: {
+        const float by[3] = {op.a, op.b, op.c};
+        for (size_t p = 0; p < count; ++p)
+          image[p] = clip(image[p] + by[p % 3] + 0.5f);
+        break;
+      }
+      case kErase: erase(image, height, width, op, pad); break;
+      default: break;
+    }
+  }
+}
