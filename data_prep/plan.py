@@ -98,7 +98,9 @@ class Plan:
     reader: dict[str, Any]
     pixels: bool
     options: dict[str, Any]  # the ConvertConfig as plain data
-    fingerprint: dict[str, Any]
+    identity: dict[str, Any]  # what the shards' bytes depend on besides the listing
+    source_name: str
+    append: bool  # to the data set that `dst` holds already
     classes: tuple[str, ...]
     splits: tuple[PlannedSplit, ...]
     ignored: int
@@ -136,7 +138,7 @@ def plan_key(identity: dict[str, Any]) -> str:
 def make_plan(source: Source, dst: Path, options: dict[str, Any], identity: dict[str, Any], *,
               split: str | None, val_fraction: float | None, shard_samples: int | None,
               outside: str, known_classes: tuple[str, ...] | None, bytes_an_image: float | None,
-              name: str) -> Plan:
+              name: str, taken_splits: tuple[str, ...] = ()) -> Plan:
     """Scan the source and write the plan. `identity` is what the shards' bytes depend on.
 
     Raises: SourceError where the source is damaged, empty, or holds images of no class.
@@ -153,8 +155,7 @@ def make_plan(source: Source, dst: Path, options: dict[str, Any], identity: dict
     empty = [folder for folder in source.empty_groups() if folder not in above]
     places = place_groups([*groups, *empty], split, name)
     _refuse_outside(places[:len(groups)], groups, rows, outside, name)
-    class_names = source.classes or known_classes or tuple(
-        sorted({place.class_name for place in places if place}))
+    class_names = _class_names(source, known_classes, places, name)
     unknown = {place.class_name for place in places if place} - set(class_names)
     if unknown:
         raise SourceError(f"SOURCE = {name}: class {min(unknown)!r} is not among the "
@@ -174,6 +175,10 @@ def make_plan(source: Source, dst: Path, options: dict[str, Any], identity: dict
     elif val_fraction is not None:
         raise SourceError(f"val_fraction = {val_fraction}: the source has its own splits "
                           f"{', '.join(split_names)}; drop the option")
+    taken = sorted(set(taken_splits) & set(split_names))
+    if taken:
+        raise SourceError(f"SOURCE = {name}: its split {taken[0]!r} is in the data set already; "
+                          "name the new one with split=NAME")
     rows["label"] = row_labels
     order = np.argsort(row_splits, kind="stable")
     order = order[np.count_nonzero(row_splits < 0):]
@@ -189,13 +194,25 @@ def make_plan(source: Source, dst: Path, options: dict[str, Any], identity: dict
     with open(work.rows, "wb") as file:
         np.save(file, ordered)
     (work.root / "rows.bin").unlink()
-    key = plan_key(identity | {"classes": class_names, "splits": [asdict(p) for p in planned]})
+    key = plan_key(identity | {
+        "classes": class_names, "splits": [asdict(p) for p in planned],
+        "listing": _listing(work, ordered)})
     plan = Plan(key=key, dst=dst, kind=source.kind, reader=source.reader, pixels=source.pixels,
-                options=options, fingerprint=identity, classes=tuple(class_names),
-                splits=tuple(planned), ignored=source.ignored)
+                options=options, identity=identity, source_name=Path(name).resolve().name,
+                append=bool(taken_splits), classes=tuple(class_names), splits=tuple(planned),
+                ignored=source.ignored)
     tree = asdict(plan) | {"dst": None, "version": PLAN_VERSION}
     write_atomically(work.plan, (json.dumps(tree, indent=1, sort_keys=True) + "\n").encode())
     return plan
+
+
+def _listing(work: WorkPaths, rows: np.ndarray) -> str:
+    """SHA-256 of all names, places and labels."""
+    sha = hashlib.sha256(rows.tobytes())
+    with open(work.names, "rb") as file:
+        while block := file.read(1 << 20):
+            sha.update(block)
+    return sha.hexdigest()
 
 
 def load_plan(dst: Path) -> Plan | None:
@@ -229,6 +246,26 @@ def _scan(source: Source, work: WorkPaths) -> tuple[np.ndarray, list[Group]]:
                 used = 0
         rows.write(block[:used].tobytes())
     return np.fromfile(work.root / "rows.bin", ROW), list(groups)
+
+
+def _class_names(source: Source, known: tuple[str, ...] | None, places: list[Place | None],
+                 name: str) -> tuple[str, ...]:
+    """Names in the order of labels: a given list, the source's own, or what was found, sorted.
+    Where the source only has numbers, a given list names them."""
+    own = source.classes
+    if known is None:
+        return own or tuple(sorted({place.class_name for place in places if place}))
+    if own and all(label.isdigit() for label in own) and not all(n.isdigit() for n in known):
+        if len(own) > len(known):
+            raise SourceError(f"SOURCE = {name}: has labels up to {len(own) - 1}, and "
+                              f"{len(known)} class names are given")
+        for index, place in enumerate(places):
+            if place:
+                places[index] = Place(place.split, known[int(place.class_name)])
+    elif own and own != known:
+        raise SourceError(f"SOURCE = {name}: its {len(own)} classes differ from the "
+                          f"{len(known)} given ones")
+    return known
 
 
 def _refuse_outside(places: list[Place | None], groups: list[Group],

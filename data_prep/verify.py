@@ -18,7 +18,7 @@ import numpy as np
 
 from data_prep import jpeg
 from data_prep.beton import MODE_JPEG, Damaged, ShardIndex, digest, read_index
-from data_prep.convert import seal_of
+from data_prep.finish import seal_of
 from data_prep.jpeg import JpegError
 from data_prep.progress import Ticker
 from resnet_dist.config import ConfigError
@@ -167,7 +167,7 @@ def _check_manifest(dst: Path, manifest: Manifest, report: Report) -> None:
             or seal != seal_of(manifest)):
         report.problems.append("dataset.json: is not what the conversion wrote")
     for name, sha256 in manifest.source.get("files", {}).items():
-        path = dst / name
+        path = dst / Path(name).name
         if not path.is_file():
             report.problems.append(f"{name}: is missing")
         elif _sha256(path) != sha256:

@@ -128,7 +128,7 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path):
         convert(source, tmp_path / str(workers) / "dst",
                 options(f"workers={workers}", "shard_samples=3"))
     one = hashes(tmp_path / "1")
-    assert len(one) == 9
+    assert len([name for name in one if name.endswith(".beton")]) == 8
     assert one == hashes(tmp_path / "2") == hashes(tmp_path / "3")
 
 
