@@ -11,9 +11,11 @@ import stat
 import sys
 from pathlib import Path
 
+from launcher.incarnation import Place, log_to_stderr
 from launcher.scheduler import node_names
-from launcher.supervisor import Place, Supervisor, log_to_stderr
-from resnet_dist.config import Config, load_frozen
+from launcher.supervisor import supervise
+from launcher.workers import train_command
+from resnet_dist.config import load_frozen
 from resnet_dist.paths import RunPaths
 
 REQUEUE_CODE = 77  # where SLURM has RequeueExit=77
@@ -42,7 +44,7 @@ class TrainJob:
         log_to_stderr(place.node)
         if place.where == "local":
             _restore_gpus()
-        outcome = self.supervisor(run, load_frozen(run.config), place).run()
+        outcome = supervise(run, load_frozen(run.config), place, self.command(run))
         if outcome.kind == "failed":
             raise RunFailed(outcome.cause)
         if outcome.kind == "requeue":
@@ -50,8 +52,9 @@ class TrainJob:
         return outcome.kind
 
 
-    def supervisor(self, run: RunPaths, config: Config, place: Place) -> Supervisor:
-        return Supervisor(run, config, place)
+    def command(self, run: RunPaths) -> list[str]:
+        """What one rank runs."""
+        return train_command(run)
 
 
 def here() -> Place:

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from launcher.events import LAST_WORDS, Event, Process, read_events, redone_steps
 from launcher.freeze import find_run
+from launcher.progress import heartbeat_steps, newest_checkpoint
 from launcher.scheduler import Queued, queue_states
 from resnet_dist.paths import RunPaths
 
@@ -73,7 +74,7 @@ def run_status(run: RunPaths) -> RunStatus:
     attempts = [event for event in events if event["event"] == "attempt"]
     submissions = sum(event["event"] == "submitted" for event in events)
     train, validation = _last_metrics(run)
-    checkpoint = next((paths for paths in run.checkpoints_on_disk() if paths.state.exists()), None)
+    checkpoint = newest_checkpoint(run)
     beats = heartbeat_steps(run, attempts[-1]["attempt"] if attempts else 0)
     reached = [train.get("step", 0), *beats, checkpoint.step if checkpoint else 0]
     step, steps = max(reached), facts.get("steps", 0)
@@ -150,19 +151,6 @@ def _scan(text: bytes, found: dict[str, dict[str, Any]]) -> None:
             continue  # a torn line, or the rest of one
         if all(found.values()):
             return
-
-
-def heartbeat_steps(run: RunPaths, attempt: int) -> list[int]:
-    """Steps that the ranks of an attempt reported last."""
-    steps = []
-    for path in run.heartbeats.glob("rank_*"):
-        try:
-            number, step = path.read_text().split()
-        except (OSError, ValueError):
-            continue
-        if int(number) == attempt:
-            steps.append(int(step))
-    return steps
 
 
 def statuses(runs: Sequence[RunPaths]) -> tuple[list[RunStatus], str]:

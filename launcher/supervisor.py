@@ -17,21 +17,18 @@ What ends an attempt, and what follows (imports no torch; safetensors and models
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import re
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import IO, Any
 
 from launcher import scheduler
-from launcher.channel import Hub, Lost, Message, Wire, address_of_leader, connect, free_port
+from launcher.channel import Hub, Message, address_of_leader, free_port
 from launcher.events import (
     LAST_WORDS,
     Process,
@@ -40,6 +37,21 @@ from launcher.events import (
     record,
     restarts_without_progress,
 )
+from launcher.follower import Follower
+from launcher.incarnation import (
+    GATHER_S,
+    POLL_S,
+    Outcome,
+    Place,
+    Signals,
+    decide,
+    lease,
+    log_to_stderr,
+    note_crash,
+    read_secret,
+    requeue,
+)
+from launcher.progress import checkpoint_step, reached
 from launcher.workers import BAD_INPUT, DIVERGED, FINISHED, Exit, Workers, train_command
 from resnet_dist.config import Config, load_frozen
 from resnet_dist.paths import RunPaths
@@ -48,35 +60,8 @@ log = logging.getLogger(__name__)
 
 _LOST_PEER = re.compile(r"[Cc]onnection (was )?(closed|reset|refused|aborted)|Broken pipe|gloo|"
                         r"NCCL|DistBackendError|DistNetworkError|DistStoreError|TCPStore")
-POLL_S = 0.05
 PARTING_S = 0.5  # after a failure: peers may still print why they end
 STACKS_S = 2.0  # after an abort: stacks of all threads are written
-GATHER_S = 120.0  # nodes of one job start within this time
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where this supervisor runs."""
-
-    where: str  # "slurm", "local" (submitted, on this machine) or "foreground"
-    job: str = ""
-    restart: int = 0  # how often SLURM has requeued the job
-    node: int = 0
-    names: tuple[str, ...] = ("127.0.0.1",)
-
-    @property
-    def incarnation(self) -> str:
-        return f"{self.job}.{self.restart}"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How an incarnation ended: "finished", "stopped", "failed", "requeued", or "requeue" (SLURM
-    did not obey; the exit code must ask for it)."""
-
-    kind: str
-    cause: str = ""
-    code: int = 1  # where it failed: the exit code of the first worker that did
 
 
 @dataclass
@@ -110,40 +95,8 @@ class Attempt:
         return f"rank {self.failure.rank}: {self.failure.reason}"
 
 
-class Signals:
-    """Stop signals received so far; the handler only notes them."""
-
-    def __init__(self) -> None:
-        self.received: list[signal.Signals] = []
-
-    @contextmanager
-    def installed(self) -> Iterator[Signals]:
-        """Replaces submitit's handlers, which know rank 0 alone, ignore SIGTERM, and act inside
-        the handler."""
-        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-        before = {number: signal.signal(number, self._note) for number in numbers}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received.append(signal.Signals(number))
-
-    @property
-    def warned(self) -> bool:
-        """Whether one of them asks for a requeue."""
-        return any(number in (signal.SIGUSR1, signal.SIGUSR2) for number in self.received)
-
-    @property
-    def final(self) -> bool:
-        """Whether one of them ends a job, as far as the signal tells."""
-        return any(number in (signal.SIGTERM, signal.SIGINT) for number in self.received)
-
-
 class Supervisor:
-    """The supervisor of one node. `run()` leads on node 0 and follows on the others.
+    """The supervisor of node 0, which decides.
 
     Args:
         command: what one rank runs; None: the training loop.
@@ -162,10 +115,9 @@ class Supervisor:
         self._stop_seen_at = 0.0
 
     def run(self) -> Outcome:
+        """Run until the incarnation ends. Raises: RuntimeError where another one holds the run."""
         with self._signals.installed():
-            return self._follow() if self._place.node else self._lead()
-
-    # ---------------------------------------------------------------- node 0
+            return self._lead()
 
     def _lead(self) -> Outcome:
         place = self._place
@@ -182,7 +134,7 @@ class Supervisor:
                     outcome = Outcome("failed", f"supervisor: {type(error).__name__}: {error}")
                 self._workers.kill()
                 if outcome.kind in LAST_WORDS:
-                    self._record(outcome.kind, cause=outcome.cause, step=self._checkpoint())
+                    self._record(outcome.kind, cause=outcome.cause, step=checkpoint_step(self._run))
                 return outcome
         finally:
             self._workers.kill()
@@ -216,7 +168,7 @@ class Supervisor:
                 return Outcome("finished")
             if attempt.stop:
                 self._record("unsaved" if attempt.cause else "saved", attempt=attempt.number,
-                             step=self._checkpoint(), why=attempt.stop, cause=attempt.cause)
+                             step=checkpoint_step(self._run), why=attempt.stop, cause=attempt.cause)
                 outcome = self._after_stop(attempt.stop)
                 if outcome.kind != "again":
                     return outcome
@@ -226,18 +178,17 @@ class Supervisor:
                 if self._asked_to_stop():
                     continue
                 attempt.trouble = "workers saved and left though nobody asked them to"
-            self._record("crashed", attempt=attempt.number, cause=attempt.cause,
-                         checkpoint=self._checkpoint(), reached=self._reached(attempt.number))
+            verdict = note_crash(self._run, attempt.number, attempt.cause,
+                                 self._config.launch.max_restarts)
             if attempt.failure and attempt.failure.code in (BAD_INPUT, DIVERGED):
                 return Outcome("failed", attempt.cause, attempt.failure.code)
-            count = restarts_without_progress(read_events(self._run))
-            if count > self._config.launch.max_restarts:
-                return Outcome("failed", f"{attempt.cause} (gave up after {count - 1} restarts "
-                                         "without a new checkpoint)")
+            if verdict:
+                return Outcome("failed", verdict)
             if attempt.lost:
                 return self._lost_node(attempt.cause)
-            log.warning("%s; restarting from step %d", attempt.cause, self._checkpoint())
-            self._pause(min(10.0, 0.5 * (2 ** (count - 1) - 1)))
+            log.warning("%s; restarting from step %d", attempt.cause, checkpoint_step(self._run))
+            count = restarts_without_progress(read_events(self._run))
+            self._pause(0.5 * (2 ** (count - 1) - 1))
 
     def _attempt(self) -> Attempt:
         """Start all workers and wait until all have ended."""
@@ -246,11 +197,11 @@ class Supervisor:
         address = address_of_leader(*place.names[:2]) if len(place.names) > 1 else "127.0.0.1"
         port = free_port(address)
         attempt = Attempt(number, world)
-        reached = self._reached(number - 1)
+        before = reached(self._run, number - 1)
         self._tell(attempt, {"do": "start", "attempt": number, "address": address, "port": port})
         echoed = self._echo_from()
         pids = self._workers.start(number, world, address, port)
-        self._record("attempt", attempt=number, step=self._checkpoint(), reached=reached,
+        self._record("attempt", attempt=number, step=checkpoint_step(self._run), reached=before,
                      ranks=world, address=address, port=port, pids=list(pids.values()))
         kill_at = float("inf")
         while not attempt.over:
@@ -379,25 +330,12 @@ class Supervisor:
         return self._requeue(why)
 
     def _requeue(self, why: str) -> Outcome:
-        if scheduler.requeue(self._place.job, patience_s=0.15 * self._config.launch.grace_s):
-            self._record("requeued", how="scontrol requeue", why=why)
-            return Outcome("requeued", why)
-        self._record("requeued", how="exit code", why=why)
-        return Outcome("requeue", why)
+        return requeue(self._run, self._place, why, self._config.launch.grace_s)
 
     def _pause(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and not self._signals.received:
             time.sleep(POLL_S)
-
-    def _checkpoint(self) -> int:
-        """Step of the newest committed checkpoint, 0 without one."""
-        return next((paths.step for paths in self._run.checkpoints_on_disk()
-                     if paths.state.exists()), 0)
-
-    def _reached(self, attempt: int) -> int:
-        """The furthest step that a rank reported in this attempt, 0 when none did."""
-        return max((step for number, step in heartbeats(self._run) if number == attempt), default=0)
 
     def _record(self, event: str, **facts: Any) -> None:
         record(self._run, event, **facts)
@@ -417,143 +355,11 @@ class Supervisor:
         self._echo.flush()
         return start + len(text)
 
-    # ---------------------------------------------------------------- the other nodes
-
-    def _follow(self) -> Outcome:
-        place = self._place
-        host = place.names[0]
-        try:
-            wire = connect(host, place.incarnation, read_secret(self._run), place.node, GATHER_S)
-        except Lost as reason:
-            return self._lost_leader(str(reason))
-        try:
-            self._serve(wire)
-        except Lost as reason:
-            return self._lost_leader(f"node {host} is gone ({reason})")
-        finally:
-            self._workers.kill()
-            wire.close()
-        return Outcome("followed")
-
-    def _serve(self, wire: Wire) -> None:
-        """Carry out the leader's orders until it says "end". Raises: Lost."""
-        number, told, hung_told = 0, 0, False
-        while True:
-            for order in wire.receive():
-                match order["do"]:
-                    case "start":
-                        number, hung_told = order["attempt"], False
-                        self._workers.start(number, self._config.world, order["address"],
-                                            order["port"])
-                    case "stop":
-                        self._workers.stop()
-                    case "abort":
-                        self._workers.abort()
-                    case "kill":
-                        self._report(wire, number, self._workers.kill())
-                    case "end":
-                        return
-            self._report(wire, number, self._workers.poll())
-            for received in self._signals.received[told:]:
-                told += 1
-                wire.send({"kind": "signal", "name": received.name})
-            if not hung_told and (hung := self._workers.hung()):
-                hung_told = True
-                wire.send({"kind": "hung", "attempt": number, "rank": hung[0][0],
-                           "silence_s": hung[0][1]})
-            time.sleep(POLL_S)
-
-    def _report(self, wire: Wire, attempt: int, exits: list[Exit]) -> None:
-        if exits:
-            wire.send({"kind": "exits", "attempt": attempt,
-                       "exits": [[exit.rank, exit.code, exit.reason] for exit in exits]})
-
-    def _lost_leader(self, why: str) -> Outcome:
-        """Without a leader node 1 asks for a new allocation, unless SLURM acts already."""
-        self._workers.kill()
-        if self._place.node != 1 or self._place.where != "slurm":
-            return Outcome("failed", why)
-        time.sleep(2)
-        facts = scheduler.job_facts(self._place.job)
-        events = read_events(self._run)
-        if self._signals.final or (facts and facts.state != "RUNNING") or (
-                events and events[-1]["event"] in ("finished", "failed", "stopped", "requeued")):
-            return Outcome("failed", why)
-        self._record("crashed", attempt=last_attempt(events), cause=why,
-                     checkpoint=self._checkpoint(), reached=self._reached(last_attempt(events)))
-        count = restarts_without_progress(read_events(self._run))
-        if count > self._config.launch.max_restarts:
-            self._record("failed", cause=f"{why} (gave up after {count - 1} restarts without a "
-                                         "new checkpoint)", step=self._checkpoint())
-            return Outcome("failed", why)
-        return self._requeue(why)
-
-
-def decide(facts: scheduler.JobFacts | None, restart: int, warned: bool) -> str:
-    """What a SIGTERM in a SLURM job means: "requeue" (we must), "requeued" (SLURM does), or why
-    the job ends for good.
-
-    Measured on 22.05: after `scontrol requeue` and a preemption without grace the job is
-    COMPLETING and its restart count has gone up; after `scancel` it is COMPLETING and the count has
-    not; within the GraceTime of a preemption it is RUNNING with a PreemptTime, and a job that ends
-    now by itself would not be requeued; after `scancel --signal=TERM` it is RUNNING without one.
-
-    Args:
-        restart: restart count of this incarnation.
-        warned: a signal that asks for a requeue came before.
-    """
-    if facts is None:
-        return "SLURM does not answer; it decides"
-    if facts.restarts > restart or facts.state in ("PENDING", "REQUEUED", "NODE_FAIL", "PREEMPTED"):
-        return "requeued"
-    if facts.state == "RUNNING" and (facts.preempted or warned):
-        return "requeue"
-    if facts.state == "TIMEOUT":
-        return "requeue"
-    return "ended by scancel or at the time limit" if facts.state != "RUNNING" else "asked to stop"
-
-
-def heartbeats(run: RunPaths) -> list[tuple[int, int]]:
-    """(attempt, step) of every rank's newest sign of life."""
-    found = []
-    for path in run.heartbeats.glob("rank_*"):
-        try:
-            attempt, step = path.read_text().split()
-            found.append((int(attempt), int(step)))
-        except (OSError, ValueError):
-            continue
-    return found
-
-
-def read_secret(run: RunPaths) -> bytes:
-    return bytes.fromhex(run.secret.read_text())
-
-
-@contextmanager
-def lease(run: RunPaths, place: Place) -> Iterator[None]:
-    """Be the only one who runs this run. Raises: RuntimeError naming the holder.
-
-    An incarnation that SLURM has requeued may still be ending: it is waited for.
-    """
-    handle = os.open(run.lease, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        deadline = time.monotonic() + (30 if place.restart else 5)
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    holder = os.pread(handle, 200, 0).decode(errors="replace").strip()
-                    raise RuntimeError(f"{run.root} is run by {holder}; stop that one first, or "
-                                       "copy the run under another name") from None
-                time.sleep(0.2)
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"{place.where} job {place.incarnation}, pid {os.getpid()} on "
-                          f"{Process.this().host}\n".encode(), 0)
-        yield
-    finally:
-        os.close(handle)
+def supervise(run: RunPaths, config: Config, place: Place,
+              command: Sequence[str] | None = None) -> Outcome:
+    """Be the supervisor of a node until the incarnation ends."""
+    kind = Follower if place.node else Supervisor
+    return kind(run, config, place, command=command).run()
 
 
 def supervise_here(run: RunPaths) -> int:
@@ -571,9 +377,3 @@ def supervise_here(run: RunPaths) -> int:
     if outcome.kind == "stopped":
         log.warning("stopped; the same command, or `resnet-dist resume %s`, continues", run.name)
     return 0
-
-
-def log_to_stderr(node: int) -> None:
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, force=True,
-                        format=f"%(asctime)s supervisor {node}: %(message)s")
-

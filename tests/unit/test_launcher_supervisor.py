@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from launcher.events import Event, read_events, redone_steps
+from launcher.submit import prepare
 from resnet_dist.config import load_frozen
 from resnet_dist.paths import RunPaths
 
@@ -29,7 +30,7 @@ class Supervised:
         self.run = run
         with open(run.root / "supervisor.log", "ab") as said:
             self.process = subprocess.Popen(
-                [sys.executable, stand_in.__file__, "supervise", str(run.root),
+                [sys.executable, stand_in.__file__, str(run.root),
                  json.dumps({"where": "local", "job": "1", **place})],
                 stdout=subprocess.PIPE, stderr=said)
 
@@ -123,6 +124,14 @@ def test_what_would_only_happen_again_is_not_restarted(tmp_path, start, what, ca
     assert len([e for e in read_events(run) if e["event"] == "attempt"]) == 1
 
 
+def test_workers_that_leave_unasked_cannot_loop_for_ever(tmp_path, start):
+    run, _ = stand_in.make_run(tmp_path / "run", ranks=1, max_restarts=1,
+                               faults={"*": {"rank": 0, "step": 3, "do": "leave"}})
+    kind, cause = start(run).outcome()
+    assert kind == "failed"
+    assert cause.startswith("workers saved and left though nobody asked them to (gave up")
+
+
 def test_sigusr2_saves_and_continues_without_redoing_a_step(tmp_path, start):
     run, _ = stand_in.make_run(tmp_path / "run")
     supervised = start(run)
@@ -214,3 +223,55 @@ def alive(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+# -- two nodes, both on this machine ---------------------------------------------------------------
+
+def two_nodes(start, run: RunPaths, job: str) -> tuple[Supervised, Supervised]:
+    prepare(run)
+    place = {"job": job, "names": ["127.0.0.1", "localhost"]}
+    return start(run, node=0, **place), start(run, node=1, **place)
+
+
+def test_a_killed_worker_on_the_second_node_restarts_all(tmp_path, start):
+    run, _ = stand_in.make_run(tmp_path / "run", nodes=2, ranks=1)
+    leader, follower = two_nodes(start, run, "31")
+    leader.wait_for_step(15)
+    victim = next(p for p in psutil.Process(follower.process.pid).children())
+    victim.kill()
+    assert leader.outcome() == ["finished", ""]
+    assert follower.outcome() == ["followed", ""]
+    (crashed,) = leader.events("crashed")
+    assert crashed["cause"] == "rank 1: ended by SIGKILL"
+    assert [e["ranks"] for e in leader.events("attempt")] == [2, 2]
+
+
+def test_a_lost_node_ends_the_attempt_everywhere(tmp_path, start):
+    run, _ = stand_in.make_run(tmp_path / "run", nodes=2, ranks=1, steps=2000)
+    leader, follower = two_nodes(start, run, "32")
+    leader.wait_for_step(5)
+    follower.process.kill()
+    kind, cause = leader.outcome()
+    assert (kind, cause) == ("failed", "node localhost is gone (connection closed)")
+
+
+def test_a_lost_leader_takes_the_workers_of_all_nodes_with_it(tmp_path, start):
+    run, _ = stand_in.make_run(tmp_path / "run", nodes=2, ranks=1, steps=2000)
+    leader, follower = two_nodes(start, run, "33")
+    leader.wait_for_step(5)
+    workers = psutil.Process(follower.process.pid).children()
+    leader.process.kill()
+    kind, cause = follower.outcome()
+    assert kind == "failed"
+    assert cause.startswith("node 127.0.0.1 is gone")
+    assert not any(alive(worker.pid) for worker in workers)
+
+
+def test_a_signal_that_only_the_second_node_receives_saves_on_both(tmp_path, start):
+    run, _ = stand_in.make_run(tmp_path / "run", nodes=2, ranks=1, steps=2000)
+    leader, follower = two_nodes(start, run, "34")
+    leader.wait_for_step(5)
+    follower.process.send_signal(signal.SIGTERM)
+    assert leader.outcome() == ["stopped", "SIGTERM"]
+    assert follower.outcome() == ["followed", ""]
+    assert leader.events("saved")[0]["step"] >= 5
