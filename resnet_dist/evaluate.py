@@ -54,12 +54,12 @@ def predict(members: Sequence[Member], views: Views, world: World) -> Outcomes:
     with torch.inference_mode():
         for group in views:
             labels = group.labels.to(world.device, non_blocking=True)
-            scores = _mean_log_probabilities(members, group.images, len(labels), world.device)
+            scores = mean_log_probabilities(members, group.images, len(labels), world.device)
             rows.append(_outcome_rows(group.sample_ids.to(world.device), labels, scores))
     return _gather(rows, views.num_samples, world)
 
 
-def _mean_log_probabilities(members: Sequence[Member], shown: Iterable[tuple[Tensor, Tensor]],
+def mean_log_probabilities(members: Sequence[Member], shown: Iterable[tuple[Tensor, Tensor]],
                             count: int, device: torch.device) -> Tensor:
     """float64 [count, classes]: log of the mean over members and views.
 
