@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from launcher.events import LAST_WORDS, Event, Process, read_events, redone_steps
 from launcher.freeze import find_run
@@ -198,10 +199,14 @@ def show_status(console: Console, run: str | None, runs: Path, *, watch: bool,
         # One object a run, so that a script reads lines.
         for status in found:
             console.file.write(json.dumps(status.as_json()) + "\n")
-    elif not watch:
-        _print(console, found, note, detail=run is not None)
+    elif not found:
+        console.print("no runs yet; `resnet-dist submit CONFIG` makes one")
+    elif watch:
+        found = _watch(console, current)
     else:
-        found = _watch(console, current, detail=run is not None)
+        console.print(_show(console, found, note))
+    if run is not None and not as_json:
+        _print_history(console, found[0])
     return int(run is not None and found[0].state == "failed")
 
 
@@ -212,60 +217,63 @@ def find_runs(runs: Path) -> list[RunPaths]:
             if (entry / "config.yaml").is_file()]
 
 
-def _watch(console: Console, current: Any, *, detail: bool) -> list[RunStatus]:
+def _watch(console: Console, current: Any) -> list[RunStatus]:
     """Refresh until every run is over, or until Ctrl-C."""
     found, note = current()
     try:
-        with Live(_table(found), console=console, auto_refresh=False) as live:
+        with Live(_show(console, found, note), console=console, auto_refresh=False) as live:
             while not all(status.over for status in found):
                 time.sleep(2)
                 found, note = current()
-                live.update(_table(found), refresh=True)
+                live.update(_show(console, found, note), refresh=True)
     except KeyboardInterrupt:
         pass
-    if detail:
-        _print_history(console, found[0])
-    if note:
-        console.print(f"[yellow]{note}[/]")
     return found
-
-
-def _print(console: Console, found: list[RunStatus], note: str, *, detail: bool) -> None:
-    if not found:
-        console.print("no runs yet; `resnet-dist submit CONFIG` makes one")
-    else:
-        console.print(_table(found))
-    if detail:
-        _print_history(console, found[0])
-    if note:
-        console.print(f"[yellow]{note}[/]")
 
 
 _COLOURS = {"running": "green", "finished": "bold green", "failed": "bold red", "pending": "yellow",
             "requeued": "yellow", "stopped": "blue"}
 
 
-def _table(found: list[RunStatus]) -> Table:
+def _table(found: list[RunStatus], width: int) -> Table:
+    """Columns by importance: those at the end of the list go first where the terminal is narrow."""
+    wanted = ["run", "state", "step", "top-1", "restarts", "images/s", "ETA", "loss", "checkpoint",
+              "ranks", "job"]
+    rows = [_row(status) for status in found]
+    while len(wanted) > 4 and sum(
+            3 + max(len(name), *(len(row[name]) for row in rows)) for name in wanted) >= width:
+        wanted.pop()
     table = Table()
-    for name, justify in (("run", "left"), ("state", "left"), ("job", "left"), ("ranks", "right"),
-                          ("step", "right"), ("loss", "right"), ("top-1", "right"),
-                          ("images/s", "right"), ("ETA", "right"), ("checkpoint", "right"),
-                          ("restarts", "right"), ("cause", "left")):
-        table.add_column(name, justify=justify,  # type: ignore[arg-type]
-                         no_wrap=name not in ("cause", "run"), overflow="fold")
-    for status in found:
-        checkpoint = "-"
-        if status.checkpoint_step is not None and status.checkpoint_age_s is not None:
-            checkpoint = f"{status.checkpoint_step:,}, {duration(status.checkpoint_age_s)} ago"
-        table.add_row(
-            status.name, f"[{_COLOURS[status.state]}]{status.state}[/]", status.job or "-",
-            f"{status.nodes} x {status.ranks // status.nodes}" if status.ranks and status.nodes
-            else "-",
-            f"{status.step:,} / {status.steps:,}", _number(status.loss, ".3f"),
-            _number(status.top1, ".2f"), _number(status.images_per_s, ",.0f"),
-            "-" if status.eta_s is None else duration(status.eta_s), checkpoint,
-            str(status.restarts), status.cause.replace("[", "\\["))
+    for name in wanted:
+        table.add_column(name, no_wrap=name != "run", overflow="fold",
+                         justify="left" if name in ("run", "state", "job") else "right")
+    for status, row in zip(found, rows, strict=True):
+        row["state"] = f"[{_COLOURS[status.state]}]{row['state']}[/]"
+        table.add_row(*(row[name] for name in wanted))
     return table
+
+
+def _row(status: RunStatus) -> dict[str, str]:
+    checkpoint = "-"
+    if status.checkpoint_step is not None and status.checkpoint_age_s is not None:
+        checkpoint = f"{status.checkpoint_step:,}, {duration(status.checkpoint_age_s)} ago"
+    ranks = f"{status.nodes} x {status.ranks // status.nodes}" if status.ranks and status.nodes \
+        else "-"
+    return {"run": status.name, "state": status.state, "job": status.job or "-", "ranks": ranks,
+            "step": f"{status.step:,} / {status.steps:,}", "loss": _number(status.loss, ".3f"),
+            "top-1": _number(status.top1, ".2f"), "images/s": _number(status.images_per_s, ",.0f"),
+            "ETA": "-" if status.eta_s is None else duration(status.eta_s),
+            "checkpoint": checkpoint, "restarts": str(status.restarts)}
+
+
+def _show(console: Console, found: list[RunStatus], note: str) -> Group:
+    """The table, and below it what needs words: causes, and silence of SLURM."""
+    parts: list[Any] = [_table(found, console.width)]
+    parts += [Text(f"{status.name}: {status.cause}", style="red" if status.state == "failed"
+                   else "yellow") for status in found if status.cause]
+    if note:
+        parts.append(Text(note, style="yellow"))
+    return Group(*parts)
 
 
 def _print_history(console: Console, status: RunStatus) -> None:
