@@ -221,10 +221,35 @@ def tensorboard(
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
+def export(
+    run: Run,
+    form: Annotated[str, typer.Option("--format", help="torchvision, timm, safetensors or onnx")],
+    out: Annotated[Path, typer.Option("--out", help="file to write")],
+    step: Annotated[int | None, typer.Option("--step", help="checkpoint; default newest")] = None,
+    runs: Runs = "runs",
+) -> None:
+    """Write a checkpoint's weights for another program.
+
+    Example: `resnet-dist export resnet50 --format onnx --out resnet50.onnx`
+    """
+    from launcher.foreground import export_here
+
+    console.print(f"[green]written[/]  {out}, weights of step "
+                  f"{export_here(run, runs, form, out, step)}")
+
+
+@app.command()
+def doctor(
+    model: Annotated[str | None, typer.Option(
+        "--model", help="show a network instead: layers, sizes, parameters, FLOPs")] = None,
+    as_json: Json = False,
+) -> None:
     """Is this machine ready: native libraries, packages, GPU, SLURM, file system."""
     from launcher.doctor import examine, show
+    from launcher.foreground import summarize_here
 
+    if model is not None:
+        raise typer.Exit(summarize_here(model, as_json=as_json))
     findings = examine()
     if as_json:
         print(json.dumps(findings))

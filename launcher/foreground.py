@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from launcher.freeze import create_run, find_run
+from launcher.freeze import anchored, create_run, differences, find_run
 from launcher.supervisor import supervise_here
 from resnet_dist.config import (
     EVAL_PROTOCOLS,
@@ -25,8 +25,11 @@ from resnet_dist.config import (
     ConfigError,
     load_config,
     load_frozen,
+    nearest,
     world_problems,
 )
+from resnet_dist.data.manifest import check_dataset
+from resnet_dist.models.names import model_names
 from resnet_dist.paths import RunPaths
 
 
@@ -66,6 +69,12 @@ def _create_or_reopen(config: Config) -> RunPaths:
     run = RunPaths(Path(config.runs).absolute() / str(config.name))
     if not run.config.is_file():
         return create_run(config)
+    check_dataset(config)
+    changed = differences(load_frozen(run.config), anchored(config))
+    if changed:
+        raise ConfigError(f"name = {config.name}: {run.root} exists with other settings "
+                          f"({'; '.join(changed)}); `resnet-dist resume {config.name} key=value` "
+                          "changes what may change, name=OTHER starts another run")
     return run
 
 
@@ -97,6 +106,26 @@ def evaluate_here(name: str, runs: str, *, ensemble: tuple[str, ...] = (), respo
     lines = done.stdout.splitlines()
     result: dict[str, Any] | None = json.loads(lines[-1]) if lines else None
     return result
+
+
+def export_here(name: str, runs: str, form: str, path: Path, step: int | None) -> int:
+    """Write a checkpoint's weights to `path`; the step they are of. Raises: ConfigError."""
+    if path.exists():
+        raise ConfigError(f"--out = {path}: exists; name another file")
+    command = [sys.executable, "-m", "resnet_dist.export", str(find_run(name, runs).root), form,
+               str(path), *([] if step is None else ["--step", str(step)])]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(done.returncode)
+    return int(done.stdout)
+
+
+def summarize_here(name: str, *, as_json: bool) -> int:
+    """Print a model's layers, output sizes, parameters and FLOPs. Raises: ConfigError."""
+    if name not in model_names():
+        raise ConfigError(f"--model = {name}: no such model{nearest(name, model_names())}")
+    command = [sys.executable, "-m", "resnet_dist.models.summary", name]
+    return subprocess.run(command + (["--json"] if as_json else [])).returncode
 
 
 def run_tensorboard(console: Console, names: list[str], runs: str, port: int) -> int:

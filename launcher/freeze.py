@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from resnet_dist.config import NAME_PATTERN, Config, ConfigError, dump_config
+from resnet_dist.config import NAME_PATTERN, Config, ConfigError, config_to_dict, dump_config
 from resnet_dist.data.manifest import Manifest, check_dataset, manifest_fingerprint
 from resnet_dist.paths import RunPaths
 
@@ -29,11 +29,9 @@ _PACKAGES = ("resnet-dist", "torch", "deepspeed", "ffcv", "submitit", "numpy", "
 def create_run(config: Config) -> RunPaths:
     """Make and fill the run directory. Raises: ConfigError where the name is taken."""
     manifest = check_dataset(config)
-    assert config.name is not None
-    assert config.data.path is not None
-    config = dataclasses.replace(
-        config, runs=os.path.abspath(config.runs),
-        data=dataclasses.replace(config.data, path=os.path.abspath(config.data.path)))
+    if config.init_from is not None and not os.path.isfile(config.init_from):
+        raise ConfigError(f"init_from = {config.init_from}: no such file")
+    config = anchored(config)
     run = RunPaths(Path(config.runs) / str(config.name))
     try:
         run.root.mkdir(parents=True, mode=0o700)
@@ -52,6 +50,31 @@ def create_run(config: Config) -> RunPaths:
         shutil.rmtree(run.root)
         raise
     return run
+
+
+def anchored(config: Config) -> Config:
+    """The same configuration with absolute paths: a job starts in another folder."""
+    assert config.data.path is not None, "check_dataset refuses this"
+    weights = config.init_from
+    return dataclasses.replace(
+        config, runs=os.path.abspath(config.runs),
+        init_from=None if weights is None else os.path.abspath(weights),
+        data=dataclasses.replace(config.data, path=os.path.abspath(config.data.path)))
+
+
+def differences(before: Config, after: Config) -> list[str]:
+    """`key: old -> new` for every setting that differs."""
+    def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        leaves: dict[str, Any] = {}
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                leaves |= flat(value, f"{prefix}{key}.")
+            else:
+                leaves[prefix + key] = value
+        return leaves
+
+    old, new = flat(config_to_dict(before)), flat(config_to_dict(after))
+    return [f"{key}: {old[key]} -> {new[key]}" for key in old if old[key] != new[key]]
 
 
 def rewrite_config(run: RunPaths, config: Config) -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from resnet_dist.config import Config
+from resnet_dist.config import Config, ConfigError
 from resnet_dist.data.loader import TrainLoader, normalization
 from resnet_dist.data.manifest import Manifest
 from resnet_dist.distributed import World, cores_per_rank
 from resnet_dist.models import build_model
+from resnet_dist.models.weights import WeightsError, init_from
 from resnet_dist.paths import DatasetPaths
 from resnet_dist.views import Views, open_views
 
@@ -22,6 +23,20 @@ def model_of(config: Config, manifest: Manifest) -> torch.nn.Module:
     torch.manual_seed(config.seed)
     return build_model(num_classes=manifest.num_classes, bn_batch=config.bn_batch,
                        **dataclasses.asdict(config.model))
+
+
+def fresh_model(config: Config, manifest: Manifest) -> torch.nn.Module:
+    """`model_of`, with the weights of `init_from` where a run is to start from some.
+
+    Raises: ConfigError where they do not fit, listing the keys.
+    """
+    model = model_of(config, manifest)
+    if config.init_from is not None:
+        try:
+            init_from(model, Path(config.init_from), new_classifier=config.new_classifier)
+        except WeightsError as error:
+            raise ConfigError(str(error)) from None
+    return model
 
 
 def normalization_of(config: Config, manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:

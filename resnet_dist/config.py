@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -17,13 +18,10 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass
 
 from resnet_dist.models.names import MODELS, model_names
 from resnet_dist.models.options import ModelOptions, check_options
 
-_STRICT = ConfigDict(extra="forbid")
-section = dataclass(config=_STRICT, frozen=True, kw_only=True)
 
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
@@ -34,12 +32,18 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 
 
+class Section:
+    """Base of every part of a configuration: an unknown key is refused."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+
 class ConfigError(ValueError):
     """A user's mistake; each line of the message names a key, its value and the remedy."""
 
 
-@section
-class DataConfig:
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Section):
     path: str | None = None  # data set directory that `resnet-dist convert` wrote
     threads: Count | None = None  # decoding threads of one rank; None: the cores it may use
     prefetch: Count = 3  # batches prepared ahead of the step
@@ -48,8 +52,8 @@ class DataConfig:
     stage_dir: str | None = None  # node-local scratch to copy the shards to first
 
 
-@section
-class AugmentConfig:
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig(Section):
     # scale_crop: He et al. 2015, sec. 3.4; pad_crop: ibid. sec. 4.2;
     # random_resized_crop: Szegedy et al. 2014, sec. 6; resize: no augmentation.
     name: Literal["scale_crop", "random_resized_crop", "pad_crop", "resize"] = "scale_crop"
@@ -79,8 +83,8 @@ class AugmentConfig:
     normalize: Literal["channel", "mean", "pixel"] = "channel"
 
 
-@section
-class ModelConfig:
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Section):
     name: str = "resnet50"
     # None: as the named architecture was published. models/options.py says what each one means and
     # refuses what an architecture does not have.
@@ -102,8 +106,8 @@ class ModelConfig:
     checkpointing: bool = False  # recompute activations in the backward pass
 
 
-@section
-class OptimizerConfig:
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(Section):
     # sgd: PyTorch's and Torch7's momentum, v = m v + g, w -= lr v. sgd_caffe: v = m v + lr g,
     # w -= v, which differs for a while after every change of the rate (Goyal et al. 2017, sec. 3).
     name: Literal["sgd", "sgd_caffe", "lars", "lamb", "adamw"] = "sgd"
@@ -118,8 +122,8 @@ class OptimizerConfig:
     clip_norm: Positive | None = None  # largest norm of the whole gradient
 
 
-@section
-class ScheduleConfig:
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig(Section):
     name: Literal["milestones", "plateau", "cosine", "linear", "one_cycle",
                   "constant"] = "milestones"
     milestones: tuple[Natural, ...] = ()  # steps at which the rate is multiplied by `factor`
@@ -135,22 +139,22 @@ class ScheduleConfig:
     gain: NonNegative = 0.1  # plateau: percent points of error that count as a gain
 
 
-@section
-class LossConfig:
+@dataclass(frozen=True, kw_only=True)
+class LossConfig(Section):
     name: Literal["cross_entropy", "bce"] = "cross_entropy"
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     # bce: a class is a target where its (mixed, smoothed) weight exceeds this; None: soft targets.
     threshold: Fraction | None = None
 
 
-@section
-class EmaConfig:
+@dataclass(frozen=True, kw_only=True)
+class EmaConfig(Section):
     decay: Annotated[float, Field(gt=0, lt=1)] | None = None  # None: no average of the weights
     every_steps: Count = 1
 
 
-@section
-class CheckpointConfig:
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(Section):
     every_steps: Count = 1000
     keep_last: Count = 3
     keep_every_steps: Count | None = None  # checkpoints at multiples of it stay for good
@@ -160,8 +164,8 @@ class CheckpointConfig:
 EVAL_PROTOCOLS = ("1crop", "flip", "10crop", "multiscale")
 
 
-@section
-class EvalConfig:
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(Section):
     every_steps: Count = 5000
     split: str = "val"
     # What of an image is looked at; views.py says how. Probabilities of all views are averaged.
@@ -173,13 +177,13 @@ class EvalConfig:
     batch_size: Count = 100  # images of one rank in one forward
 
 
-@section
-class LogConfig:
+@dataclass(frozen=True, kw_only=True)
+class LogConfig(Section):
     every_steps: Count = 20
 
 
-@section
-class LaunchConfig:
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig(Section):
     nodes: Count = 1
     ranks_per_node: Count = 1
     cpus_per_rank: Count | None = None  # None: the machine's cores divided by its ranks
@@ -196,8 +200,8 @@ class LaunchConfig:
     hang_s: Positive = 600.0  # a rank without a step for so long is ended and restarted
 
 
-@section
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(Section):
     name: str | None = None  # run name; None: the recipe's file name
     runs: str = "runs"  # folder that holds the run directories
     seed: Natural = 0
@@ -216,17 +220,20 @@ class Config:
     # Intra-op CPU threads of a rank. None: its cores in fast mode, 1 in exact mode, where the
     # count is part of the run because oneDNN's reductions depend on it.
     threads: Count | None = None
-    data: DataConfig = Field(default_factory=DataConfig)
-    augment: AugmentConfig = Field(default_factory=AugmentConfig)
-    model: ModelConfig = Field(default_factory=ModelConfig)
-    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
-    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
-    loss: LossConfig = Field(default_factory=LossConfig)
-    ema: EmaConfig = Field(default_factory=EmaConfig)
-    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
-    eval: EvalConfig = Field(default_factory=EvalConfig)
-    log: LogConfig = Field(default_factory=LogConfig)
-    launch: LaunchConfig = Field(default_factory=LaunchConfig)
+    # Weights to start from: .safetensors or .pth of ours, torchvision's or timm's.
+    init_from: str | None = None
+    new_classifier: bool = False  # init_from: leave its last layer out, for other classes
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
 
     @property
     def world(self) -> int:
@@ -321,7 +328,7 @@ def validate(config: Config) -> None:
     if config.name is None or not NAME_PATTERN.fullmatch(config.name):
         refuse("name", config.name, "use letters, digits, '_' and '-' (at most 100)")
     if config.model.name not in model_names():
-        near = _nearest(config.model.name, model_names())
+        near = nearest(config.model.name, model_names())
         refuse("model.name", config.model.name, f"no such model{near}")
     else:
         try:
@@ -350,6 +357,10 @@ def validate(config: Config) -> None:
                f"splits layers between ranks and optimizer.name = {config.optimizer.name} needs "
                "their norms whole; use zero_stage=0")
     augment = config.augment
+    for key in ("mixup", "cutmix"):
+        if getattr(augment, key) and bn is None:
+            refuse(f"augment.{key}", getattr(augment, key),
+                   "images are mixed within their bn_batch group; set bn_batch, e.g. 32")
     if augment.min_side > augment.max_side:
         refuse("augment.min_side", augment.min_side,
                f"must not exceed augment.max_side = {augment.max_side}")
@@ -417,7 +428,8 @@ def _divisors(total: int, near: int, multiple_of: int = 1) -> str:
     return "try " + ", ".join(map(str, closest))
 
 
-def _nearest(word: str, valid: tuple[str, ...] | list[str]) -> str:
+def nearest(word: str, valid: tuple[str, ...] | list[str]) -> str:
+    """The end of a refusal: what was probably meant, or all that there is."""
     close = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(sorted(valid))}"
 
@@ -430,7 +442,7 @@ def _expand(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def explain(error: ValidationError, root: type) -> str:
-    """One line a problem that pydantic found in a tree of `section`s whose top is `root`."""
+    """One line a problem that pydantic found in a tree of `Section`s whose top is `root`."""
     return "\n".join(_explain(problem, root) for problem in error.errors())
 
 
@@ -442,7 +454,7 @@ def _explain(problem: Any, root: type) -> str:
         for part in location[:-1]:
             owner = get_type_hints(owner)[part]
         valid = [f.name for f in dataclasses.fields(owner)]
-        near = _nearest(location[-1], valid)
+        near = nearest(location[-1], valid)
         return f"{key} = {_short(value)}: unknown key{near}"
     message = problem["msg"].removeprefix("Input ")
     return f"{key} = {_short(value)}: {message}"

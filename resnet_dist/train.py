@@ -23,7 +23,13 @@ from typing import Any
 
 import torch
 
-from resnet_dist.build import eval_loader, model_of, normalization_of, train_loader
+from resnet_dist.build import (
+    eval_loader,
+    fresh_model,
+    model_of,
+    normalization_of,
+    train_loader,
+)
 from resnet_dist.checkpoint import (
     CheckpointError,
     CheckpointWriter,
@@ -35,6 +41,7 @@ from resnet_dist.checkpoint import (
 from resnet_dist.config import Config, ConfigError, config_to_dict, load_frozen, world_problems
 from resnet_dist.data.loader import DataError
 from resnet_dist.data.manifest import Manifest, check_dataset, manifest_fingerprint
+from resnet_dist.data.mix import mixer
 from resnet_dist.data.random import sample_keys
 from resnet_dist.distributed import World, broadcast_int, init_world, shutdown
 from resnet_dist.engine import make_engine
@@ -61,7 +68,8 @@ def train(run: RunPaths, config: Config, world: World, signals: SignalFlag) -> i
     Raises: Diverged, DataError, CheckpointError, ConfigError.
     """
     manifest = check_dataset(config)
-    engine = make_engine(model_of(config, manifest), config, world,
+    build = model_of if run.checkpoints_on_disk() else fresh_model
+    engine = make_engine(build(config, manifest), config, world,
                          normalization_of(config, manifest))
     step, seen = restore(run, engine, world)
     resumed = step
@@ -74,6 +82,7 @@ def train(run: RunPaths, config: Config, world: World, signals: SignalFlag) -> i
         metrics.event(step, f"{note} on {world.size} ranks")
         metrics.text("config", run.config.read_text(encoding="utf-8"))
 
+    first_image = world.rank * (config.batch_size // world.size)  # of this rank, in a global batch
     stop, clock, heart = 0, Clock(step), Heart(run, world)
     with train_loader(config, world, first_step=step) as loader:
         batches = iter(loader)
@@ -83,7 +92,8 @@ def train(run: RunPaths, config: Config, world: World, signals: SignalFlag) -> i
             assert batch.step == step
             lr = lr_at(config.schedule, config.optimizer.lr, step, config.steps, seen)
             keys = torch.from_numpy(sample_keys(config.seed, batch.epochs, batch.sample_ids))
-            engine.train_step(batch.images, batch.labels, keys, lr)
+            mix = mixer(config.augment, config.seed, step, first_image, config.bn_batch or 1)
+            engine.train_step(batch.images, batch.labels, keys, lr, mix)
             step += 1
             heart.beat(step)
             stop = signals.should_stop(world)

@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import xxhash
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass
+from pydantic import Field, TypeAdapter, ValidationError
 
-from resnet_dist.config import Config, ConfigError
+from resnet_dist.config import Config, ConfigError, Section
 from resnet_dist.paths import DatasetPaths
 
 FORMAT_VERSION = 1
 
-record = dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 RelativeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+/shard-\d{5}\.beton$")]
 
 
-@record
-class Shard:
+@dataclass(frozen=True, kw_only=True)
+class Shard(Section):
     file: RelativeName  # relative to the data set directory
     samples: Annotated[int, Field(ge=1)]
     bytes: Annotated[int, Field(ge=1)]
@@ -35,14 +34,14 @@ class Shard:
     index_xxh3: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")] | None = None
 
 
-@record
-class Split:
+@dataclass(frozen=True, kw_only=True)
+class Split(Section):
     samples: Annotated[int, Field(ge=0)]
     shards: tuple[Shard, ...]
 
 
-@record
-class Manifest:
+@dataclass(frozen=True, kw_only=True)
+class Manifest(Section):
     format_version: int
     name: str
     classes: tuple[str, ...]  # label i is classes[i]

@@ -3,6 +3,8 @@
 Nothing is computed: the network is built and run on the meta device, which knows shapes alone.
 """
 
+import json
+import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -101,3 +103,9 @@ def format_summary(summary: ModelSummary) -> str:
     lines.append(f"{summary.name}, input {side}: {summary.depth} weighted layers, "
                  f"{summary.parameters:,} parameters, {summary.flops / 1e9:.3f}e9 multiply-adds")
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    shown = summarize_name(sys.argv[1])
+    sys.stdout.write((json.dumps(shown.to_json()) if "--json" in sys.argv
+                      else format_summary(shown)) + "\n")
