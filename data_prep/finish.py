@@ -119,7 +119,7 @@ def _joined(base: Manifest, plan: Plan, records: Records, splits: dict[str, Spli
 
 
 def _described(plan: Plan) -> dict[str, Any]:
-    return {"kind": plan.kind, "name": plan.source_name, "listing_sha256": plan.key,
+    return {"kind": plan.kind, "name": plan.source_name, "listing_sha256": plan.listing,
             "split": plan.options["split"], "val_fraction": plan.options["val_fraction"],
             "ignored_files": plan.ignored}
 

@@ -63,7 +63,7 @@ def encode(raw: bytes | np.ndarray, encoding: Encoding, name: str) -> Encoded:
     as_raw = encoding.image == "raw" or (
         encoding.image == "mixed" and _draw(name) < encoding.raw_fraction)
     try:
-        if isinstance(raw, bytes) and raw[:2] == b"\xff\xd8":
+        if isinstance(raw, bytes) and raw[:3] == b"\xff\xd8\xff":
             header = jpeg.inspect(raw)
             _refuse_pixels(header.width, header.height, encoding.max_pixels)
             upright = header.orientation == 1 or encoding.exif == "ignore"

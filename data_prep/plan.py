@@ -99,6 +99,7 @@ class Plan:
     pixels: bool
     options: dict[str, Any]  # the ConvertConfig as plain data
     identity: dict[str, Any]  # what the shards' bytes depend on besides the listing
+    listing: str  # SHA-256 of names, places and labels: the same wherever the source lies
     source_name: str
     append: bool  # to the data set that `dst` holds already
     classes: tuple[str, ...]
@@ -194,11 +195,12 @@ def make_plan(source: Source, dst: Path, options: dict[str, Any], identity: dict
     with open(work.rows, "wb") as file:
         np.save(file, ordered)
     (work.root / "rows.bin").unlink()
-    key = plan_key(identity | {
-        "classes": class_names, "splits": [asdict(p) for p in planned],
-        "listing": _listing(work, ordered)})
+    listing = _listing(work, ordered)
+    key = plan_key(identity | {"classes": class_names, "listing": listing,
+                               "splits": [asdict(split) for split in planned]})
     plan = Plan(key=key, dst=dst, kind=source.kind, reader=source.reader, pixels=source.pixels,
-                options=options, identity=identity, source_name=Path(name).resolve().name,
+                options=options, identity=identity, listing=listing,
+                source_name=Path(name).resolve().name,
                 append=bool(taken_splits), classes=tuple(class_names), splits=tuple(planned),
                 ignored=source.ignored)
     tree = asdict(plan) | {"dst": None, "version": PLAN_VERSION}

@@ -21,6 +21,7 @@ from data_prep import jpeg
 from data_prep.beton import Stored, write_atomically, write_shard
 from data_prep.found import Reader, Unreadable
 from data_prep.images import Encoding, encode
+from data_prep.jpeg import JpegError
 from data_prep.plan import Plan, ShardId
 
 SMALL_IMAGE_PIXELS = 128 * 128  # up to here a per-pixel mean is kept
@@ -60,15 +61,15 @@ def convert_shard(plan: Plan, shard: ShardId, reader: Reader, encoding: Encoding
         try:
             raw = reader.read(name, int(row["container"]), int(row["offset"]), int(row["size"]))
             image = encode(raw, encoding, name)
-        except Unreadable as reason:
+            small = image.height * image.width <= SMALL_IMAGE_PIXELS
+            pixels = image.pixels() if small or _is_measured(name, every) else None
+        except (Unreadable, JpegError) as reason:
             rejected.append((name, str(reason)))
             continue
         stored.append(Stored(image.mode, image.width, image.height, image.data, int(row["label"])))
         sizes.add((image.height, image.width))
-        small = image.height * image.width <= SMALL_IMAGE_PIXELS
-        if not small and not _is_measured(name, every):
+        if pixels is None:
             continue
-        pixels = image.pixels()
         jpeg.add_sums(pixels, totals)
         measured += 1
         measured_pixels += image.height * image.width

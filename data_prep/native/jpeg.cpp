@@ -50,6 +50,7 @@ void Judge(j_common_ptr common, int level) {
   switch (common->err->msg_code) {
     case JWRN_EXTRANEOUS_DATA:
     case JWRN_ADOBE_XFORM:
+    case JWRN_JFIF_MAJOR:
     case JWRN_TOO_MUCH_DATA:
       return;
     default:
@@ -77,6 +78,19 @@ void CountScans(j_common_ptr common) {
     snprintf(errors->message, errors->message_size, "has more than %d scans", kMaxScans);
     longjmp(errors->escape, 1);
   }
+}
+
+// Ends with an error where a progressive file lacks scans: libjpeg would smooth blocks to hide it.
+// Call when all input has been read. High frequencies that were never sent are zero by right.
+void RequireAllScans(j_decompress_ptr in) {
+  if (!in->progressive_mode || !in->coef_bits) return;
+  for (int c = 0; c < in->num_components; ++c)
+    for (int k = 0; k < 64; ++k)
+      if (in->coef_bits[c][k] > 0 || (k < 10 && in->coef_bits[c][k] < 0)) {
+        Errors* errors = reinterpret_cast<Errors*>(in->err);
+        snprintf(errors->message, errors->message_size, "its progressive scans are incomplete");
+        longjmp(errors->escape, 1);
+      }
 }
 
 // --- bits ------------------------------------------------------------------------------------
@@ -205,7 +219,7 @@ constexpr uint8_t kStandardDc[28] = {0, 1, 5, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0
                                      0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11};
 
 struct Component {
-  int id, h, v, dc = -1, ac = -1;
+  int id, h, v, quantizer, dc = -1, ac = -1;
 };
 
 inline int Category(int value) {
@@ -291,6 +305,7 @@ bool Parse(const uint8_t* data, int64_t size, bool standard_dc, Plain* plain, Ta
   keep(data, 2);
   int64_t at = 2;
   bool framed = false;
+  int quantizers = 0;  // bit set of those defined
   while (true) {
     if (at + 4 > size || data[at] != 0xFF) return false;
     const int marker = data[at + 1];
@@ -314,6 +329,7 @@ bool Parse(const uint8_t* data, int64_t size, bool standard_dc, Plain* plain, Ta
         part.id = body[6 + 3 * c];
         part.h = body[7 + 3 * c] >> 4;
         part.v = body[7 + 3 * c] & 15;
+        part.quantizer = body[8 + 3 * c] & 31;
         if (part.h < 1 || part.h > 4 || part.v < 1 || part.v > 4) return false;
       }
       if (plain->components == 1 && (plain->component[0].h != 1 || plain->component[0].v != 1))
@@ -336,7 +352,15 @@ bool Parse(const uint8_t* data, int64_t size, bool standard_dc, Plain* plain, Ta
         }
         body += 17 + total;
       }
-    } else if (marker == 0xDB || marker == 0xE0 || marker == 0xEE) {
+    } else if (marker == 0xDB) {
+      while (body < end) {
+        const int id = body[0] & 15, wide = body[0] >> 4;
+        if (id > 3 || wide > 1 || end - body < 65 + 64 * wide) return false;
+        quantizers |= 1 << id;
+        body += 65 + 64 * wide;
+      }
+      keep(data + at, 2 + length);
+    } else if (marker == 0xE0 || marker == 0xEE) {
       if (marker != 0xE0 || (length >= 16 && !memcmp(body, "JFIF", 5)))
         keep(data + at, 2 + length);
     } else if (marker == 0xDD) {
@@ -349,6 +373,7 @@ bool Parse(const uint8_t* data, int64_t size, bool standard_dc, Plain* plain, Ta
         Component& part = plain->component[c];
         part.dc = body[2 + 2 * c] >> 4;
         part.ac = body[2 + 2 * c] & 15;
+        if (!(quantizers >> part.quantizer & 1)) return false;
         if (body[1 + 2 * c] != part.id || part.dc > 1 || part.ac > 1 || !dc[part.dc].defined ||
             !ac[part.ac].defined)
           return false;
@@ -593,6 +618,7 @@ API int64_t dp_transcode(const uint8_t* data, int64_t size, uint8_t** out, char*
   jpeg_mem_src(&in, const_cast<unsigned char*>(data), size);
   jpeg_read_header(&in, TRUE);
   jvirt_barray_ptr* coefficients = jpeg_read_coefficients(&in);
+  RequireAllScans(&in);
   jpeg_mem_dest(&to, &result, &result_size);
   jpeg_copy_critical_parameters(&in, &to);
   if (to.num_components == 1) to.comp_info[0].h_samp_factor = to.comp_info[0].v_samp_factor = 1;
@@ -725,6 +751,7 @@ API int dp_decode(const uint8_t* data, int64_t size, int to_w, int to_h, uint8_t
          int(in.image_height * in.scale_num / 16) >= 2 * to_h)
     in.scale_num /= 2;
   jpeg_start_decompress(&in);
+  RequireAllScans(&in);
   const int w = in.output_width, h = in.output_height;
   if (w < to_w || h < to_h || in.output_components != 3) {
     snprintf(message, message_size, "has %d x %d pixels", w, h);
@@ -770,6 +797,7 @@ API int dp_check(const uint8_t* data, int64_t size, char* message, int message_s
   jpeg_read_header(&in, TRUE);
   in.out_color_space = in.jpeg_color_space == JCS_YCCK ? JCS_CMYK : in.jpeg_color_space;
   jpeg_start_decompress(&in);
+  RequireAllScans(&in);
   JSAMPARRAY line = in.mem->alloc_sarray(reinterpret_cast<j_common_ptr>(&in), JPOOL_IMAGE,
                                          in.output_width * in.output_components, 1);
   while (in.output_scanline < in.output_height) jpeg_read_scanlines(&in, line, 1);
