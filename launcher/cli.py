@@ -14,8 +14,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from resnet_dist.config import ConfigError
-
 app = typer.Typer(
     name="resnet-dist", no_args_is_help=True, add_completion=True, rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -262,7 +260,11 @@ def main() -> None:
     """Entry point: a user's mistake is one clear message and exit code 2, never a traceback."""
     try:
         app(standalone_mode=True)
-    except ConfigError as error:
+    except ValueError as error:
+        from resnet_dist.config import ConfigError  # late: `--help` need not wait for it
+
+        if not isinstance(error, ConfigError):
+            raise
         for line in str(error).splitlines():
             errors.print("[red]error[/]  ", end="")
             errors.print(line, markup=False, highlight=False, soft_wrap=True)
