@@ -9,11 +9,13 @@ Any power-of-two world computes the same bits.
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from resnet_dist import optim
@@ -153,12 +155,16 @@ class DDPEngine(Engine):
         on. One throw-away backward pass here makes every real step use the rebuilt buckets. In eval
         mode, with one image, so that it costs little and no statistic moves.
         """
-        device = self.world.device
-        ddp = DistributedDataParallel(
-            self.module, device_ids=[device] if device.type == "cuda" else None,
-            broadcast_buffers=False, gradient_as_bucket_view=True)
+        world, device = self.world, self.world.device
+        with warnings.catch_warnings():
+            # The new name came after the oldest torch this project runs on.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
+            ddp = DistributedDataParallel(
+                self.module, device_ids=[device] if device.type == "cuda" else None,
+                broadcast_buffers=False, gradient_as_bucket_view=True)
         if self.config.gradient_dtype == "bf16":
-            ddp.register_comm_hook(None, bf16_compress_hook)
+            # A lambda: torch compares annotations, which are strings here, with its own types.
+            ddp.register_comm_hook(world.size, lambda ranks, bucket: _sum_in_bf16(ranks, bucket))
         ddp.eval()
         size = self.config.augment.size
         blank = torch.zeros((1, size, size, 3), dtype=torch.uint8, device=device)
@@ -168,3 +174,18 @@ class DDPEngine(Engine):
         self.optimizer.zero_grad(set_to_none=True)
         ddp.train()
         return ddp
+
+
+def _sum_in_bf16(ranks: int, bucket: Any) -> torch.futures.Future[Tensor]:
+    """Average one `GradBucket` over ranks; half the bytes travel.
+
+    torch's own hook does the same and insists on NCCL.
+    """
+    gradients = bucket.buffer()
+    work = dist.all_reduce(gradients.to(torch.bfloat16), async_op=True)
+    assert work is not None
+
+    def average(future: torch.futures.Future[list[Tensor]]) -> Tensor:
+        return gradients.copy_(future.value()[0]).div_(ranks)
+
+    return work.get_future().then(average)

@@ -168,7 +168,7 @@ def deepspeed_config(config: Config, world: World) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": share // micro,
         "gradient_clipping": config.optimizer.clip_norm or 0.0,
-        "communication_data_type": {"fp32": "fp32", "bf16": "bfp16"}[config.gradient_dtype],
+        "communication_data_type": config.gradient_dtype,
         "zero_optimization": {"stage": config.zero_stage, "overlap_comm":
                               world.device.type == "cuda"},
         "zero_allow_untested_optimizer": True,

@@ -11,6 +11,7 @@ import torch
 from resnet_dist import distributed, optim
 from resnet_dist.checkpoint import EngineState
 from resnet_dist.config import Config, config_from_dict
+from resnet_dist.data.mix import mixer
 from resnet_dist.distributed import World
 from resnet_dist.engine import make_engine
 from resnet_dist.engine_core import Engine
@@ -36,7 +37,8 @@ def make_config(world: int, **values: Any) -> Config:
 
 def build(config: Config, world: World) -> Engine:
     torch.manual_seed(config.seed)
-    model = build_model(config.model.name, num_classes=CLASSES, bn_batch=config.bn_batch)
+    model = build_model(config.model.name, num_classes=CLASSES, bn_batch=config.bn_batch,
+                        stochastic_depth=config.model.stochastic_depth)
     shape = (1, 3, 1, 1)
     normalization = (np.full(shape, 0.45, np.float32), np.full(shape, 4.0, np.float32))
     return make_engine(model, config, world, normalization)
@@ -60,7 +62,8 @@ def train(engine: Engine, start: int, stop: int) -> None:
     for step in range(start, stop):
         images, labels, keys = global_batch(config, step)
         lr = optim.lr_at(config.schedule, config.optimizer.lr, step, config.steps)
-        engine.train_step(images[mine], labels[mine], keys[mine], lr)
+        mix = mixer(config.augment, config.seed, step, mine.start, config.bn_batch or 1)
+        engine.train_step(images[mine], labels[mine], keys[mine], lr, mix)
 
 
 def digest(state: EngineState, *, ranks: bool = True) -> str:

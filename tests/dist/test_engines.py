@@ -71,6 +71,15 @@ def test_first_gradients_of_all_engines_agree() -> None:
         torch.testing.assert_close(state.optimizer["window"], first.optimizer["window"])
 
 
+@pytest.mark.parametrize("values", [ENGINES[0], ENGINES[2]], ids=["ddp", "zero1"])
+def test_gradients_that_travel_in_bf16_are_rounded_and_no_worse(values: dict[str, Any]) -> None:
+    plain = {**values, "optimizer": {"weight_decay": 0.0}}
+    whole, rounded = (momentum(run_ranks(continue_from, 2, None, 0, 1,
+                                         {**plain, "gradient_dtype": dtype})[0])
+                      for dtype in ("fp32", "bf16"))
+    assert 0 < (rounded - whole).norm() / whole.norm() < 2 ** -7
+
+
 @pytest.fixture(scope="module")
 def saved_by() -> dict[str, EngineState]:
     """A state after two steps, of either engine; two parameter groups, averaged weights."""
