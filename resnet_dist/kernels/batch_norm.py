@@ -52,13 +52,11 @@ class _GhostBatchNorm(torch.autograd.Function):
         else:
             y = torch.empty_like(x)
             saved_mean, saved_invstd = torch.empty_like(mean), torch.empty_like(var)
-            for g, (x_g, y_g) in enumerate(
-                zip(x.split(bn_batch), y.split(bn_batch), strict=True)
-            ):
-                out = (y_g, saved_mean[g], saved_invstd[g])
-                torch.native_batch_norm(
-                    x_g, weight, bias, mean[g], var[g], True, 1.0, eps, out=out
-                )
+            groups = zip(x.split(bn_batch), y.split(bn_batch), mean.unbind(), var.unbind(),
+                         saved_mean.unbind(), saved_invstd.unbind(), strict=True)
+            for x_g, y_g, mean_g, var_g, *saved_g in groups:
+                torch.native_batch_norm(x_g, weight, bias, mean_g, var_g, True, 1.0, eps,
+                                        out=(y_g, *saved_g))
         if residual is not None:
             y.add_(residual)
         if relu:
@@ -81,27 +79,33 @@ class _GhostBatchNorm(torch.autograd.Function):
         if ctx.residual_dtype is not None:
             grad_residual = grad.to(ctx.residual_dtype)
 
-        def group_gradients(grad_g: Tensor, g: int) -> tuple[Tensor, Tensor, Tensor]:
-            at = slice(g * ctx.bn_batch, (g + 1) * ctx.bn_batch)
-            if y is not None:
-                grad_g = _aten.threshold_backward(grad_g, y[at], 0)
+        def group_gradients(
+            grad_g: Tensor, x_g: Tensor, y_g: Tensor | None, mean_g: Tensor, invstd_g: Tensor
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            if y_g is not None:
+                grad_g = _aten.threshold_backward(grad_g, y_g, 0)
             return _aten.native_batch_norm_backward(
-                grad_g, x[at], weight, None, None, saved_mean[g], saved_invstd[g],
-                True, ctx.eps, [True, True, True],
+                grad_g, x_g, weight, None, None, mean_g, invstd_g, True, ctx.eps,
+                [True, True, True],
             )
 
         num_groups = saved_mean.shape[0]
         if num_groups == 1:
-            grad_x, grad_weight, grad_bias = group_gradients(grad, 0)
+            grad_x, grad_weight, grad_bias = group_gradients(
+                grad, x, y, saved_mean[0], saved_invstd[0]
+            )
         else:
             grad_x = torch.empty_like(x)
-            weights, biases = torch.empty_like(saved_mean), torch.empty_like(saved_mean)
-            for g, (grad_g, out_g) in enumerate(
-                zip(grad.split(ctx.bn_batch), grad_x.split(ctx.bn_batch), strict=True)
-            ):
-                dx, weights[g], biases[g] = group_gradients(grad_g, g)
+            rectified = [None] * num_groups if y is None else y.split(ctx.bn_batch)
+            groups = zip(grad.split(ctx.bn_batch), x.split(ctx.bn_batch), rectified,
+                         saved_mean.unbind(), saved_invstd.unbind(), strict=True)
+            weights, biases = [], []
+            for out_g, group in zip(grad_x.split(ctx.bn_batch), groups, strict=True):
+                dx, weight_g, bias_g = group_gradients(*group)
                 out_g.copy_(dx)
-            grad_weight, grad_bias = weights.sum(0), biases.sum(0)
+                weights.append(weight_g)
+                biases.append(bias_g)
+            grad_weight, grad_bias = torch.stack(weights).sum(0), torch.stack(biases).sum(0)
         return grad_x, grad_weight, grad_bias, None, None, grad_residual, None
 
 
