@@ -227,7 +227,7 @@ node_range() { printf 'n[1-%d]' "${#NODES[@]}"; }
 # where something listens already. They lie below the range of outgoing connections (32768...).
 choose_ports() {
     local base offset try
-    base=$((16000 + $(printf '%s' "$PREFIX" | cksum | cut -d' ' -f1) % 700 * 20))
+    base=$((10000 + $(printf '%s' "$PREFIX" | cksum | cut -d' ' -f1) % 350 * 20))
     for try in $(seq 0 20 2000); do
         PORT_DB=$((base + try)) PORT_DBD=$((base + try + 1)) PORT_CTLD=$((base + try + 2))
         PORT_SLURMD=$((base + try + 3))
