@@ -198,6 +198,7 @@ def test_a_layer_that_saw_nothing_keeps_its_statistics():
     model[:3](draw(4, 3, 9, 9))
     commit_running_stats(model)
     assert torch.equal(model[4].running_mean, torch.zeros(4))
+    assert torch.equal(model[4].running_var, torch.ones(4))
     assert [model[k].num_batches_tracked.item() for k in (1, 4)] == [1, 0]
 
 

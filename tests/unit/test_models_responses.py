@@ -19,7 +19,7 @@ from resnet_dist.models.responses import layer_responses, log_responses, write_r
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    model = build_model("resnet20", num_classes=10, bn_batch=2)
+    model = build_model("resnet20", num_classes=10, bn_batch=2, shortcut="B")
     flatten_bn_stats(model)
     model(torch.randn(4, 3, 32, 32))
     commit_running_stats(model, momentum=1.0)
