@@ -224,7 +224,8 @@ CONF_END
 node_range() { printf 'n[1-%d]' "${#NODES[@]}"; }
 
 # Ports are drawn from the prefix, so that clusters under other prefixes do not meet, and moved on
-# where something listens already. They lie below the range of outgoing connections (32768...).
+# where something listens already. They lie below the supervisors' control ports (20000...) and the
+# range of outgoing connections (32768...).
 choose_ports() {
     local base offset try
     base=$((10000 + $(printf '%s' "$PREFIX" | cksum | cut -d' ' -f1) % 350 * 20))
