@@ -22,7 +22,6 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from resnet_dist.models.names import MODELS, model_names
 from resnet_dist.models.options import ModelOptions, check_options
 
-
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -49,7 +48,8 @@ class DataConfig(Section):
     prefetch: Count = 3  # batches prepared ahead of the step
     # "page" checks every sample's recorded hash as it is read; "open" checks structure only.
     verify: Literal["open", "page"] = "page"
-    stage_dir: str | None = None  # node-local scratch to copy the shards to first
+    stage_dir: str | None = None  # node-local scratch to copy the shards to first; $VARS expand
+    read_ahead: Natural = 8  # batches whose bytes are asked for ahead; 0: as they are decoded
 
 
 @dataclass(frozen=True, kw_only=True)

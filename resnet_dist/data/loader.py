@@ -28,6 +28,7 @@ from resnet_dist.data import native, order
 from resnet_dist.data.manifest import Manifest, load_manifest
 from resnet_dist.data.pipeline import compiled_stage
 from resnet_dist.data.reader import DataError, ShardReader
+from resnet_dist.data.stage import ReadAhead, stage
 from resnet_dist.paths import DatasetPaths
 
 _CHUNK = 8  # images of one task: some ms of work, so that threads end a batch together
@@ -216,15 +217,20 @@ class _Loader:
     """What the two loaders share: iteration, closing, the mean as padding."""
 
     reader: ShardReader
-    _engine: _Engine
+    _engine: _Engine | None = None
+    _ahead: ReadAhead | None = None
 
     def __iter__(self) -> Iterator[Batch]:
+        assert self._engine is not None
         while (batch := self._engine.next()) is not None:
             yield batch
 
     def close(self) -> None:
         """End the threads, then unmap the shards. May be called twice."""
-        self._engine.close()
+        if self._engine is not None:
+            self._engine.close()
+        if self._ahead is not None:
+            self._ahead.close()
         self.reader.close()
 
     def __enter__(self):  # type: ignore[no-untyped-def]
@@ -235,6 +241,17 @@ class _Loader:
         self.close()
 
 
+def _open(dataset: Path, split: str, stage_dir: Path | str | None) -> ShardReader:
+    if stage_dir is None:
+        return ShardReader(dataset, split)
+    manifest = load_manifest(dataset)
+    if split not in manifest.splits:
+        return ShardReader(dataset, split, manifest=manifest)  # refuses, with the splits there are
+    scratch = Path(os.path.expandvars(stage_dir)).expanduser()
+    return ShardReader(dataset, split, manifest=manifest,
+                       root=stage(dataset, manifest, split, scratch))
+
+
 class TrainLoader(_Loader):
     """Batches first_step, first_step + 1, ... of an endless run, this rank's slice of each.
 
@@ -243,7 +260,9 @@ class TrainLoader(_Loader):
     batch_size), so a batch may straddle two epochs and none is ever short.
 
     Args: `threads` None takes the cores this process may use; `verify` "page" compares each image
-    with its recorded hash, "open" trusts the bytes; `prefetch` batches are prepared ahead.
+    with its recorded hash, "open" trusts the bytes; `prefetch` batches are prepared ahead;
+    `stage_dir` is node-local scratch that the shards are copied to first; the bytes of a batch are
+    asked for `read_ahead` batches before it is planned (0: when they are decoded).
 
     Raises: DataError, when opening or from the iterator, naming shard and sample.
     """
@@ -251,11 +270,12 @@ class TrainLoader(_Loader):
     def __init__(self, dataset: Path | str, split: str, augment: AugmentConfig, *, seed: int,
                  batch_size: int, rank: int = 0, world: int = 1, threads: int | None = None,
                  prefetch: int = 3, verify: str = "page", first_step: int = 0,
-                 stage_dir: Path | str | None = None):
+                 stage_dir: Path | str | None = None, read_ahead: int = 8):
         if batch_size % world:
             raise ValueError(f"batch_size = {batch_size}: must be a multiple of {world} ranks")
-        self.reader = ShardReader(dataset, split)
+        self.reader = _open(Path(dataset), split, stage_dir)
         self.num_samples = self.reader.num_samples
+        self._ahead = ReadAhead(self.reader) if read_ahead else None
         try:
             if not self.num_samples:
                 raise DataError(f"data.path = {dataset}: split {split!r} is empty; convert it "
@@ -263,17 +283,26 @@ class TrainLoader(_Loader):
             paths = DatasetPaths(Path(dataset))
             self._engine = _Engine(
                 self.reader,
-                self._plan(augment, seed, batch_size, rank, world, first_step),
+                self._plan(augment, seed, batch_size, rank, world, first_step, read_ahead),
                 cache(lambda size: padding(self.reader.manifest, paths, augment.normalize, size)),
                 threads=threads, prefetch=prefetch, verify=verify)
         except BaseException:
-            self.reader.close()
+            self.close()
             raise
 
     def _plan(self, augment: AugmentConfig, seed: int, batch_size: int, rank: int, world: int,
-              step: int) -> Iterator[_Plan]:
+              step: int, read_ahead: int) -> Iterator[_Plan]:
         image, n = self.reader.metadata["f0"], self.num_samples
+
+        def want(later: int) -> None:
+            if self._ahead is not None:
+                positions = order.batch_slice(later, batch_size, rank, world)
+                self._ahead.want(order.stream(seed, n, *positions)[1])
+
+        for later in range(step, step + read_ahead):
+            want(later)
         while True:
+            want(step + read_ahead)
             start, stop = order.batch_slice(step, batch_size, rank, world)
             epochs, ids = order.stream(seed, n, start, stop)
             size = augmentations.size_at(augment, step * batch_size // n)  # alike on every rank
@@ -299,14 +328,13 @@ class EvalLoader(_Loader):
             raise ValueError(f"views = {views}: expected center")
         self.reader = ShardReader(dataset, split)
         self.num_samples = self.reader.num_samples
-        self._plans_args = (resize, size, batch_size, rank, world)
         black = np.zeros((size, size, 3), np.uint8)  # a centre crop never leaves the picture
         try:
             self._engine = _Engine(self.reader, self._plan(resize, size, batch_size, rank, world),
                                    lambda _: black, threads=threads, prefetch=prefetch,
                                    verify=verify)
         except BaseException:
-            self.reader.close()
+            self.close()
             raise
 
     def _plan(self, resize: int | None, size: int, batch_size: int, rank: int,
