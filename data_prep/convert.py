@@ -25,12 +25,11 @@ from data_prep import jpeg
 from data_prep.arrays import CIFAR_PIXELS
 from data_prep.finish import finish
 from data_prep.found import Source
-from data_prep.images import Encoding
 from data_prep.options import ENCODING, FREE, ConvertConfig, parse_convert_overrides, validate
 from data_prep.plan import Plan, ShardId, WorkPaths, load_plan, make_plan
 from data_prep.pool import ConvertError, run_shards
 from data_prep.progress import Ticker
-from data_prep.shards import convert_shard, read_record
+from data_prep.shards import convert_shard, encoding_of, read_record
 from data_prep.sources import open_reader, open_source
 from data_prep.tars import SourceError
 from resnet_dist.config import ConfigError
@@ -111,14 +110,6 @@ def prepare(opened: Source, source: str, dst: Path, config: ConvertConfig) -> Pl
 def codec_versions() -> dict[str, str | None]:
     """What the stored bytes depend on besides source and options."""
     return {"pillow": PIL.__version__, "libjpeg-turbo": jpeg.libjpeg_version()}
-
-
-def encoding_of(plan: Plan) -> Encoding:
-    options = plan.options
-    return Encoding(image=options["encoding"], raw_fraction=options["raw_fraction"],
-                    longer_side=options["longer_side"], shorter_side=options["shorter_side"],
-                    quality=options["quality"], keep=options["keep"],
-                    exif=options["exif"], max_pixels=options["max_pixels"])
 
 
 def run(plan: Plan, workers: int | None, progress: bool,

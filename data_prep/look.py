@@ -111,5 +111,5 @@ def _short(name: str) -> str:
 
 def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    image.save(buffer, "PNG", compress_level=3)
     return buffer.getvalue()

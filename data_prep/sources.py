@@ -91,9 +91,16 @@ class FileReader:
 
     def read(self, name: str, container: int, offset: int, size: int) -> bytes:
         try:
-            with open(self._roots[container] / name, "rb") as file:
-                refuse_size(os.fstat(file.fileno()).st_size, self._max_bytes)
-                return file.read(self._max_bytes + 1)
+            handle = os.open(self._roots[container] / name, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                length = os.fstat(handle).st_size
+                refuse_size(length, self._max_bytes)
+                data = os.read(handle, length + 1)
+                while len(data) < length and (more := os.read(handle, length - len(data))):
+                    data += more
+                return data
+            finally:
+                os.close(handle)
         except OSError as error:
             raise Unreadable(f"cannot be read: {error.strerror}") from None
 

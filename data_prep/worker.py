@@ -14,9 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from data_prep.convert import encoding_of
 from data_prep.plan import ShardId, load_plan
-from data_prep.shards import convert_shard
+from data_prep.shards import convert_shard, encoding_of
 from data_prep.sources import open_reader
 from data_prep.tars import SourceError
 

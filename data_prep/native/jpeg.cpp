@@ -142,12 +142,17 @@ constexpr int kLook = 12;
 constexpr int kEndOfBlock = 1 << 5;
 
 // What some bits of AC codes and values do: bits 0-4 how many they are, bit 5 the block ends with
-// them, from bit 6 by how many coefficients they advance. 0: unknown.
+// them, from bit 6 by how many coefficients they advance, and 64 more where the block ends. So one
+// comparison tells that something ends or is wrong.
 using Step = uint16_t;
+constexpr Step kUnknown = 512 << 6;
 
 struct Table {
   bool defined;
-  Step one[1 << kLook];   // AC: the first symbol in the next kLook bits, with its value
+  bool made_of_dc;
+  std::vector<uint8_t> made_of;  // empty: not made yet
+  Step one[1 << kLook];   // AC: the first symbol in the next kLook bits, with its value;
+                          // DC: bits 0-4 the length of the first code, from bit 6 its symbol
   Step many[1 << kLook];  // AC: all symbols that lie in them whole, up to the end of the block
   uint8_t lengths[256];   // of the symbol's code, 0: no code
   uint16_t codes[256];
@@ -157,12 +162,20 @@ struct Table {
 };
 
 inline Step StepOf(int symbol, int length) {
-  if (symbol == 0) return static_cast<Step>(length | kEndOfBlock);
+  if (symbol == 0) return static_cast<Step>(length | kEndOfBlock | 64 << 6);
   return static_cast<Step>((length + (symbol & 15)) | ((symbol >> 4) + 1) << 6);
 }
 
-bool Build(const uint8_t* counts, const uint8_t* symbols, int total, bool is_dc, Table* table) {
+// `counts` and the symbols after them, as they stand in a DHT segment. Most files carry the same
+// few tables, so one that is there already is not built again.
+bool Build(const uint8_t* counts, int total, bool is_dc, Table* table) {
+  if (table->made_of_dc == is_dc && table->made_of.size() == size_t(16 + total) &&
+      !memcmp(table->made_of.data(), counts, 16 + total)) {
+    table->defined = true;
+    return true;
+  }
   *table = Table{};
+  const uint8_t* symbols = counts + 16;
   memcpy(table->symbols, symbols, total);
   int code = 0, index = 0;
   for (int length = 1; length <= 16; ++length) {
@@ -176,10 +189,10 @@ bool Build(const uint8_t* counts, const uint8_t* symbols, int total, bool is_dc,
       const int value_bits = is_dc ? symbol : symbol & 15;
       if (!is_dc && value_bits > 10) return false;
       if (!is_dc && !value_bits && symbol != 0 && symbol != 0xF0) return false;
-      if (!is_dc && length <= kLook) {
-        const int first = code << (kLook - length);
-        for (int fill = 0; fill < 1 << (kLook - length); ++fill)
-          table->one[first + fill] = StepOf(symbol, length);
+      if (length <= kLook) {
+        const Step step = is_dc ? static_cast<Step>(length | symbol << 6) : StepOf(symbol, length);
+        Step* first = table->one + (code << (kLook - length));
+        std::fill(first, first + (1 << (kLook - length)), step);
       }
     }
     table->limit[length] = code << (16 - length);
@@ -195,8 +208,10 @@ bool Build(const uint8_t* counts, const uint8_t* symbols, int total, bool is_dc,
       advance += step >> 6;
       end = step & kEndOfBlock;
     }
-    table->many[window] = static_cast<Step>(used | end | advance << 6);
+    table->many[window] = used ? static_cast<Step>(used | end | advance << 6) : kUnknown;
   }
+  table->made_of.assign(counts, counts + 16 + total);
+  table->made_of_dc = is_dc;
   table->defined = true;
   return true;
 }
@@ -342,7 +357,7 @@ bool Parse(const uint8_t* data, int64_t size, bool standard_dc, Plain* plain, Ta
         int total = 0;
         for (int i = 1; i <= 16; ++i) total += body[i];
         if ((kind & 0xEE) || total > 256 || end - body < 17 + total) return false;
-        if (!Build(body + 1, body + 17, total, kind < 16, kind < 16 ? &dc[kind] : &ac[kind & 1]))
+        if (!Build(body + 1, total, kind < 16, kind < 16 ? &dc[kind] : &ac[kind & 1]))
           return false;
         if (kind >= 16 || !standard_dc) {
           const uint8_t start[] = {0xFF, 0xC4, static_cast<uint8_t>((19 + total) >> 8),
@@ -444,7 +459,7 @@ API int64_t dp_add_restarts(const uint8_t* data, int64_t size, int standard_dc,
   for (int i = 0; i < 2; ++i) dc[i].defined = ac[i].defined = false;
   Plain plain;
   if (!Parse(data, size, standard_dc, &plain, dc, ac)) return kNotPlain;
-  if (!standard.defined) Build(kStandardDc, kStandardDc + 16, 12, true, &standard);
+  if (!standard.defined) Build(kStandardDc, 12, true, &standard);
   std::vector<uint64_t> ends;
   if (!Unstuff(plain.scan, data + size, &clean, &ends)) return kNotPlain;
 
@@ -495,7 +510,12 @@ API int64_t dp_add_restarts(const uint8_t* data, int64_t size, int standard_dc,
         for (int block = part.h * part.v; block > 0; --block) {
           uint64_t word = Peek64(bits, at);
           int symbol, length;
-          if (!Find(dc_table, word, &symbol, &length)) return kNotPlain;
+          if (const Step step = dc_table.one[word >> (64 - kLook)]) {
+            length = step & 31;
+            symbol = step >> 6;
+          } else if (!Find(dc_table, word, &symbol, &length)) {
+            return kNotPlain;
+          }
           int difference = 0;
           if (symbol) {
             difference = static_cast<int>((word << length) >> (64 - symbol));
@@ -517,29 +537,30 @@ API int64_t dp_add_restarts(const uint8_t* data, int64_t size, int standard_dc,
           in_dc[c] = out_dc[c] = value;
           for (int k = 1; k < 64;) {
             word = Peek64(bits, at);
-            // 57 bits are at hand: four looks of at most 12, one symbol of at most 26.
-            const uint64_t before = at;
-            bool end = false;
-            while (at - before <= 57 - 2 * kLook && k < 64) {
+            // 57 bits are at hand: enough for four looks of 12, or for any one symbol of 26.
+            for (int look = 0; look < 4; ++look) {
               Step step = ac_table.many[word >> (64 - kLook)];
-              // Beyond the block's last coefficient no end is coded: there, one at a time.
-              if (!step || k + (step >> 6) > (step & kEndOfBlock ? 63 : 64)) {
+              const int next = k + (step >> 6);
+              if (next < 64) {
+                word <<= step & 31;
+                at += step & 31;
+                k = next;
+                continue;
+              }
+              // The block ends here, before the end of these symbols, or with a long code.
+              if (step & kEndOfBlock ? next > 127 : next > 64) {
+                if (look) break;  // one symbol at a time, from fresh bits
                 step = ac_table.one[word >> (64 - kLook)];
                 if (!step) {
                   if (!Find(ac_table, word, &symbol, &length)) return kNotPlain;
                   step = StepOf(symbol, length);
                 }
-                if (k + (step >> 6) > 64) return kNotPlain;
+                if (k + (step >> 6) > (step & kEndOfBlock ? 127 : 64)) return kNotPlain;
               }
-              word <<= step & 31;
               at += step & 31;
               k += step >> 6;
-              if (step & kEndOfBlock) {
-                end = true;
-                break;
-              }
+              break;
             }
-            if (end) break;
           }
           if (at > limit) return kNotPlain;  // ran into the next marker
         }
