@@ -163,6 +163,17 @@ def test_a_node_that_dies_is_replaced_by_another(fresh_cluster, tmp_path, monkey
     assert run.redone <= 10 + 5, "no more than the steps since the last checkpoint, and the notice"
 
 
+def test_a_killed_leading_supervisor_is_replaced_by_a_requeue(slurm, tmp_path):
+    run = SlurmRun(tmp_path / "headless", nodes=2, ranks=1, steps=300)
+    run.wait_for_step(30)
+    os.kill(run.events("started")[0]["pid"], signal.SIGKILL)
+    run.wait_until_over()
+    assert run.events()[-1]["event"] == "finished"
+    assert run.events("crashed")[0]["cause"].startswith("node n")
+    assert len(run.events("started")) == 2
+    assert run.redone <= 10 + 5
+
+
 def processes_of_node(job: str, node: str, cluster) -> list[int]:
     """slurmd of a node, its slurmstepd, and the job's processes on it."""
     found = [cluster.pid(f"slurmd-{node}")]

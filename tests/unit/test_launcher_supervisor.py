@@ -225,6 +225,26 @@ def alive(pid: int) -> bool:
         return False
 
 
+def test_the_foreground_shows_rank_0_and_ctrl_c_saves(tmp_path):
+    run, _ = stand_in.make_run(tmp_path / "run", steps=2000)
+    code = ("import sys; from pathlib import Path; from launcher import supervisor; "
+            "from resnet_dist.paths import RunPaths; run = RunPaths(Path(sys.argv[1])); "
+            "supervisor.train_command = lambda run: [sys.executable, sys.argv[2], str(run.root)]; "
+            "sys.exit(supervisor.supervise_here(run))")
+    process = subprocess.Popen([sys.executable, "-c", code, str(run.root), str(stand_in.WORKER)],
+                               stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 20
+    while max(beats(run), default=(0, 0)) < (1, 5):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert "rank 0 of attempt 1 starts at step 0" in said
+    assert "rank 1 of attempt 1" not in said
+    assert [e["event"] for e in read_events(run)][-2:] == ["saved", "stopped"]
+
+
 # -- two nodes, both on this machine ---------------------------------------------------------------
 
 def two_nodes(start, run: RunPaths, job: str) -> tuple[Supervised, Supervised]:
