@@ -1,8 +1,8 @@
 """Real processes for tests: `run_ranks(work, world, ...)` runs `work` once per rank over gloo.
 
-Ranks are forked from a server that has imported torch, so that a test pays milliseconds and not
-seconds per process. Each has its own output file; when one fails, the error shows its traceback and
-every rank's output, tagged with the rank.
+Ranks are forked from a server that has imported torch and DeepSpeed, so that a test pays
+milliseconds and not seconds per process. Each has its own output file; when one fails, the error
+shows its traceback and every rank's output, tagged with the rank.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "resnet_dist.engine"])
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it when imported
+_context.set_forkserver_preload(["torch.distributed", "resnet_dist.engine", "deepspeed",
+                                 "resnet_dist.evaluate_run", "resnet_dist.train"])
 
 
 class RankFailed(AssertionError):

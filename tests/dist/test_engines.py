@@ -36,7 +36,9 @@ def resumed_and_uninterrupted(root: Path, values: dict[str, Any]) -> tuple[str, 
     return straight, digest(again.state())
 
 
-@pytest.mark.parametrize("values", ENGINES, ids=IDS)
+@pytest.mark.parametrize("values", [
+    pytest.param(values, id=name, marks=[pytest.mark.slow] if name == "zero0" else [])
+    for values, name in zip(ENGINES, IDS, strict=True)])
 def test_resume_equals_uninterrupted(values: dict[str, Any], tmp_path: Path) -> None:
     values = {**values, "precision": "bf16", "micro_batch": 8, "optimizer": {"decay": "weights"},
               "ema": {"decay": 0.9}}
@@ -66,7 +68,9 @@ def test_first_gradients_of_all_engines_agree() -> None:
         torch.testing.assert_close(state.optimizer["window"], first.optimizer["window"])
 
 
-@pytest.mark.parametrize("values", [ENGINES[0], ENGINES[2]], ids=["ddp", "zero1"])
+@pytest.mark.parametrize("values", [
+    pytest.param(ENGINES[0], id="ddp"),
+    pytest.param(ENGINES[2], id="zero1", marks=pytest.mark.slow)])
 def test_gradients_that_travel_in_bf16_are_rounded_and_no_worse(values: dict[str, Any]) -> None:
     whole, rounded = (momentum(run_ranks(one_step, 2, {**values, "gradient_dtype": dtype})[0])
                       for dtype in ("fp32", "bf16"))
@@ -93,8 +97,11 @@ def saved_by() -> dict[str, tuple[EngineState, EngineState]]:
 
 
 @pytest.mark.parametrize(("writer", "reader", "world"), [
-    ("ddp", 1, 2), ("ddp", 2, 1), ("ddp", 3, 4), ("zero2", 0, 4), ("zero2", 2, 1)],
-    ids=lambda value: IDS[value] if isinstance(value, int) and value < 4 else str(value))
+    pytest.param("ddp", 1, 2, id="ddp to zero0 at 2", marks=pytest.mark.slow),
+    pytest.param("ddp", 2, 1, id="ddp to zero1 at 1"),
+    pytest.param("ddp", 3, 4, id="ddp to zero2 at 4"),
+    pytest.param("zero2", 0, 4, id="zero2 to ddp at 4"),
+    pytest.param("zero2", 2, 1, id="zero2 to zero1 at 1", marks=pytest.mark.slow)])
 def test_each_engine_resumes_the_others_checkpoints_at_any_world(
         saved_by: dict[str, tuple[EngineState, EngineState]], writer: str, reader: int,
         world: int) -> None:
