@@ -37,6 +37,7 @@ class DeepSpeedEngine(Engine):
                  normalization: Normalization) -> None:
         super().__init__(model, config, world, normalization)
         os.environ.setdefault("DS_ACCELERATOR", world.device.type)
+        os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # absent where one process runs
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         import deepspeed  # reads DS_ACCELERATOR when imported
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,21 @@ def test_resume_equals_uninterrupted(values: dict[str, Any], tmp_path: Path) -> 
     results = run_ranks(resumed_and_uninterrupted, 2, tmp_path, values)
     for straight, resumed in results:
         assert straight == resumed == results[0][0]
+
+
+def step_without_a_launcher(values: dict[str, Any]) -> dict[str, float]:
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
+                "MASTER_PORT"):
+        os.environ.pop(key)
+    config = make_config(1, **values)
+    engine = build(config, join(config))
+    train(engine, 0, 1)
+    return engine.read_window()
+
+
+def test_deepspeed_runs_in_the_foreground_without_a_launcher() -> None:
+    window, = run_ranks(step_without_a_launcher, 1, ENGINES[2])
+    assert window["loss"] > 0
 
 
 def one_step(values: dict[str, Any]) -> EngineState:
