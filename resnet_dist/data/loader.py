@@ -96,6 +96,10 @@ class _Buffers:
         weakref.finalize(view, self._give_back, base)
         return base.reshape(count, size, size, 3), torch.from_numpy(view).view(count, size, size, 3)
 
+    def clear(self) -> None:
+        with self._lock:
+            self._free.clear()
+
     def _give_back(self, base: np.ndarray) -> None:
         with self._lock:
             if base.size not in self._free:
@@ -204,13 +208,18 @@ class _Engine:
                 work.done.set()
 
     def close(self) -> None:
-        """End every thread and wait for it."""
+        """End every thread, wait for it, and let go of what was prepared."""
         self._stop.set()
         for _ in self._threads:
             self._tasks.put(None)
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join()
+        self._plans = iter(())
+        self._buffers.clear()
+        for waiting in (self._tasks, self._ready):
+            while not waiting.empty():
+                waiting.get()
 
 
 class _Loader:

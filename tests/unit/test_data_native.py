@@ -112,6 +112,15 @@ def test_every_kernel_gives_the_same_bits(encoding, crop, seed):
     assert np.array_equal(fast, slow)
 
 
+def test_tables_of_many_pictures_do_not_meet():
+    """Pictures with tables of their own between pictures with the usual ones, on one thread."""
+    streams = [jpeg(picture(i, 64, 80), optimize=i % 3 > 0, quality=30 + i) for i in range(60)]
+    for i in [*range(60), *np.random.default_rng(0).integers(0, 60, 300)]:
+        ours = native.decode_one(streams[i], native.JPEG, 64, 80, plan_of((1, 1, 60, 60)), (48, 48))
+        expected = slow_resize(decoded(streams[i]), (1, 1, 60, 60), 48)
+        assert np.abs(ours - expected).mean() < 1
+
+
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_copied_boxes_are_pillows_pixels(encoding, flip):

@@ -83,22 +83,29 @@ namespace {
 const HuffmanTable* table_for(const JHUFF_TBL& source, bool dc) {
   constexpr int kKept = 16;
   struct Kept {
-    bool dc;
+    bool dc = false;
+    uint64_t used = 0;
     std::unique_ptr<HuffmanTable> table;
   };
   static thread_local Kept kept[kKept];
-  static thread_local int oldest = 0;
-  for (const Kept& entry : kept)
+  static thread_local uint64_t clock = 0;
+  // The least recently used one goes. A picture needs at most 8, so it never loses one of its own.
+  Kept* oldest = kept;
+  ++clock;
+  for (Kept& entry : kept) {
     if (entry.table && entry.dc == dc &&
         !std::memcmp(entry.table->counts, source.bits, sizeof source.bits) &&
-        !std::memcmp(entry.table->symbols, source.huffval, sizeof source.huffval))
+        !std::memcmp(entry.table->symbols, source.huffval, sizeof source.huffval)) {
+      entry.used = clock;
       return entry.table.get();
-  Kept& entry = kept[oldest];
-  oldest = (oldest + 1) % kKept;  // one picture needs at most 8: none of its own is evicted
-  if (!entry.table) entry.table = std::make_unique<HuffmanTable>();
-  entry.table->build(source, dc);
-  entry.dc = dc;
-  return entry.table.get();
+    }
+    if (entry.used < oldest->used) oldest = &entry;
+  }
+  if (!oldest->table) oldest->table = std::make_unique<HuffmanTable>();
+  oldest->table->build(source, dc);
+  oldest->dc = dc;
+  oldest->used = clock;
+  return oldest->table.get();
 }
 
 }  // namespace
