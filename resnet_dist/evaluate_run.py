@@ -38,7 +38,7 @@ from resnet_dist.data.manifest import Manifest, check_dataset, load_manifest
 from resnet_dist.distributed import World, broadcast_int, init_world, shutdown
 from resnet_dist.engine_core import AUTOCAST_DTYPES
 from resnet_dist.evaluate import Member, predict
-from resnet_dist.judge import Outcomes, log_report, write_report
+from resnet_dist.judge import Outcomes, figures, log_report, write_report
 from resnet_dist.models.responses import layer_responses, log_responses, write_responses
 from resnet_dist.paths import RunPaths
 
@@ -205,9 +205,10 @@ def _report(loaded: list[Loaded], members: list[Member], outcomes: Outcomes, con
         about["scales"] = list(options.scales)
     else:
         about |= {"resize": options.resize, "size": options.size}
-    result = write_report(folder, outcomes, manifest.classes, about)
+    drawn = figures(outcomes, manifest.classes)
+    result = write_report(folder, outcomes, manifest.classes, about, drawn)
     board = SummaryWriter(str(first.run.tensorboard / "eval"))
-    log_report(board, tag, first.step, outcomes, manifest.classes)
+    log_report(board, tag, first.step, result, drawn)
     if request.responses:
         alone = World(0, 1, 0, next(first.model.parameters()).device)
         curves = {}

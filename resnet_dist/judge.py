@@ -103,8 +103,8 @@ def calibration(outcomes: Outcomes, bins: int = CALIBRATION_BINS) -> Calibration
 # -- Reports ---------------------------------------------------------------------------------------
 
 def write_report(folder: Path, outcomes: Outcomes, classes: tuple[str, ...],
-                 about: dict[str, Any]) -> dict[str, Any]:
-    """result.json, confusion.png, reliability.png and classes.png in `folder`; the summary.
+                 about: dict[str, Any], drawn: dict[str, Any]) -> dict[str, Any]:
+    """The `drawn` figures as PNG and result.json in `folder`; the summary.
 
     `about` says what was evaluated and stands first in the JSON file, which is written last.
     """
@@ -112,15 +112,15 @@ def write_report(folder: Path, outcomes: Outcomes, classes: tuple[str, ...],
     accuracy = class_accuracy(matrix)
     result = {**about, **summary(outcomes), "ece": 100 * calibrated.ece}
     folder.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures(matrix, calibrated, classes).items():
+    for name, figure in drawn.items():
         figure.savefig(folder / f"{name}.png", dpi=110)
-    wrong = np.argwhere(matrix > 0)
     record = {
         **result,
         "classes": [{"name": name, "samples": int(matrix[i].sum()), "top1": _plain(accuracy[i])}
                     for i, name in enumerate(classes)],
         "confusion": {"columns": ["label", "predicted", "samples"],
-                      "rows": [[int(i), int(j), int(matrix[i, j])] for i, j in wrong]},
+                      "rows": [[int(i), int(j), int(matrix[i, j])]
+                               for i, j in np.argwhere(matrix > 0)]},
         "calibration": {
             "ece": 100 * calibrated.ece, "largest_gap": 100 * calibrated.largest_gap,
             "bins": [{"from": float(low), "to": float(high), "samples": int(count),
@@ -132,23 +132,20 @@ def write_report(folder: Path, outcomes: Outcomes, classes: tuple[str, ...],
     return result
 
 
-def log_report(board: Any, tag: str, step: int, outcomes: Outcomes,
-               classes: tuple[str, ...]) -> None:
+def log_report(board: Any, tag: str, step: int, result: dict[str, Any],
+               drawn: dict[str, Any]) -> None:
     """Scalars and pictures under `tag/` to a TensorBoard SummaryWriter."""
-    calibrated = calibration(outcomes)
-    numbers = summary(outcomes)
-    for key in ("loss", "top1", "top5"):
-        board.add_scalar(f"{tag}/{key}", numbers[key], step)
-    board.add_scalar(f"{tag}/ece", 100 * calibrated.ece, step)
-    for name, figure in figures(confusion(outcomes, len(classes)), calibrated, classes).items():
+    for key in ("loss", "top1", "top5", "ece"):
+        board.add_scalar(f"{tag}/{key}", result[key], step)
+    for name, figure in drawn.items():
         board.add_figure(f"{tag}/{name}", figure, step)
 
 
-def figures(matrix: np.ndarray, calibrated: Calibration,
-            classes: tuple[str, ...]) -> dict[str, Any]:
+def figures(outcomes: Outcomes, classes: tuple[str, ...]) -> dict[str, Any]:
     """matplotlib Figures by name."""
+    matrix = confusion(outcomes, len(classes))
     return {"confusion": plot_confusion(matrix, classes),
-            "reliability": plot_reliability(calibrated),
+            "reliability": plot_reliability(calibration(outcomes)),
             "classes": plot_classes(class_accuracy(matrix), classes)}
 
 

@@ -14,6 +14,7 @@ from resnet_dist.judge import (
     calibration,
     class_accuracy,
     confusion,
+    figures,
     summary,
     wilson,
     write_report,
@@ -119,7 +120,7 @@ def test_the_report_holds_the_whole_confusion_and_opens_as_pictures(
 
     found = outcomes(400, classes)
     names = tuple(f"class {i}" for i in range(classes))
-    result = write_report(tmp_path, found, names, {"run": "r", "step": 7})
+    result = write_report(tmp_path, found, names, {"run": "r", "step": 7}, figures(found, names))
     record = json.loads((tmp_path / "result.json").read_text())
     assert record["run"] == "r"
     assert record["top1"] == result["top1"]
