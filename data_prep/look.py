@@ -38,7 +38,7 @@ def contact_sheet(shards: Sequence[Path], classes: Sequence[str]) -> bytes:
     for place, sample in enumerate(_chosen(labels)):
         shard = int(np.searchsorted(starts, sample, side="right")) - 1
         image = Image.fromarray(
-            read_sample(shards[shard], indexes[shard], sample - int(starts[shard])))
+            small_sample(shards[shard], indexes[shard], sample - int(starts[shard])))
         image.thumbnail((CELL - 4, CELL - 4), Image.Resampling.BOX)
         if max(image.size) < CELL // 2:  # small images, enlarged without smoothing
             factor = (CELL - 4) // max(image.size)
@@ -66,8 +66,8 @@ def _chosen(labels: np.ndarray) -> list[int]:
     return chosen
 
 
-def read_sample(shard: Path, index: ShardIndex, number: int) -> np.ndarray:
-    """uint8 RGB [height, width, 3] of one sample of a shard."""
+def small_sample(shard: Path, index: ShardIndex, number: int) -> np.ndarray:
+    """uint8 RGB [h, w, 3] of one sample of a shard, shrunk by a whole factor if it is large."""
     image = index.samples["f0"][number]
     width, height = int(image["width"]), int(image["height"])
     with open(shard, "rb") as file:
@@ -75,7 +75,8 @@ def read_sample(shard: Path, index: ShardIndex, number: int) -> np.ndarray:
         data = file.read(int(index.sizes[number]))
     if int(image["mode"]) == MODE_RAW:
         return np.frombuffer(data, np.uint8).reshape(height, width, 3)
-    return jpeg.decode(data, width, height)
+    scale = max(1, min(width, height) // CELL)
+    return jpeg.decode(data, width // scale, height // scale)
 
 
 def class_histogram(counts: dict[str, np.ndarray], classes: Sequence[str]) -> bytes:

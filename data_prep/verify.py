@@ -8,7 +8,6 @@ one run names them all.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -211,8 +210,3 @@ def _bytes(count: int) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:,.3g} GB" if size < 1000 else f"{size:,.0f} GB"
-
-
-def describe(dst: Path) -> str:
-    """The manifest as readable JSON, for scripts."""
-    return json.dumps(json.loads(DatasetPaths(Path(dst)).manifest.read_bytes()), indent=1)
