@@ -33,14 +33,21 @@ def convert(
     source: Annotated[str, typer.Argument(help="class-folder tree, tar of one, or `digits`")],
     dst: Annotated[Path, typer.Argument(help="data set directory to write")],
     options: Overrides = None,
+    slurm: Annotated[bool, typer.Option("--slurm", help="as a job array")] = False,
 ) -> None:
-    """Convert images to FFCV shards.
+    """Convert images to FFCV shards. The same command again finishes a killed conversion.
 
     Example: `resnet-dist convert imagenet/ data/imagenet workers=8`
     """
     from data_prep.convert import convert, parse_convert_overrides
+    from data_prep.slurm import convert_slurm
 
-    manifest = convert(source, dst, parse_convert_overrides(options or []))
+    checked = parse_convert_overrides(options or [])
+    if slurm:
+        manifest = convert_slurm(source, dst, checked, progress=True)
+        assert manifest is not None, "it waited"
+    else:
+        manifest = convert(source, dst, checked, progress=True)
     counts = ", ".join(f"{split.samples:,} {name}" for name, split in manifest.splits.items())
     console.print(f"[green]done[/]  {dst}: {counts} images in {manifest.num_classes} classes")
 
@@ -256,19 +263,58 @@ def doctor(
     raise typer.Exit(1 if any(finding["state"] == "problem" for finding in findings) else 0)
 
 
+bench = typer.Typer(no_args_is_help=True, help="Measure, side by side with the usual choice.")
+app.add_typer(bench, name="bench")
+
+
+@bench.command("convert")
+def bench_convert(
+    source: Annotated[str, typer.Argument(help="images, repeated to --images")],
+    images: Annotated[int, typer.Option("--images")] = 5000,
+    workers: Annotated[int, typer.Option("--workers")] = 2,
+    repeats: Annotated[int, typer.Option("--repeats")] = 3,
+    scratch: Annotated[Path | None, typer.Option("--scratch", help="folder to work in")] = None,
+    as_json: Json = False,
+) -> None:
+    """Conversion beside FFCV's own DatasetWriter."""
+    from launcher.bench import convert_beside_ffcv
+
+    convert_beside_ffcv(console, source, scratch, images=images, workers=workers, repeats=repeats,
+                        as_json=as_json)
+
+
+@bench.command("loader")
+def bench_loader(
+    dataset: Annotated[Path, typer.Argument(help="data set directory with JPEG shards")],
+    size: Annotated[int, typer.Option("--size", help="pixels")] = 224,
+    threads: Annotated[int, typer.Option("--threads")] = 2,
+    rounds: Annotated[int, typer.Option("--rounds")] = 5,
+    images: Annotated[int, typer.Option("--images", help="of one loader in one round")] = 1536,
+    sheet: Annotated[Path | None, typer.Option("--sheet", help="also draw crops to a PNG")] = None,
+    as_json: Json = False,
+) -> None:
+    """Our loader beside stock FFCV's and a folder of files."""
+    from launcher.bench import loaders_side_by_side
+
+    loaders_side_by_side(console, dataset, size=size, threads=threads, rounds=rounds,
+                         images=images, sheet=sheet, as_json=as_json)
+
+
 def main() -> None:
     """Entry point: a user's mistake is one clear message and exit code 2, never a traceback."""
     try:
         app(standalone_mode=True)
-    except ValueError as error:
-        from resnet_dist.config import ConfigError  # late: `--help` need not wait for it
+    except (ValueError, RuntimeError) as error:
+        # Late imports: `--help` need not wait for them.
+        from data_prep.pool import ConvertError
+        from resnet_dist.config import ConfigError
 
-        if not isinstance(error, ConfigError):
+        if not isinstance(error, (ConfigError, ConvertError)):
             raise
         for line in str(error).splitlines():
             errors.print("[red]error[/]  ", end="")
             errors.print(line, markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
 
 
 if __name__ == "__main__":
