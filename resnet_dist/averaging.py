@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from resnet_dist.checkpoint import copy_into
 from resnet_dist.models import norm
+from resnet_dist.transfer import copy_into
 
 
 class AveragedWeights:

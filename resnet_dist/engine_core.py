@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from resnet_dist import losses
 from resnet_dist.averaging import AveragedWeights
-from resnet_dist.checkpoint import EngineState, copy_into, to_host
+from resnet_dist.checkpoint import EngineState
 from resnet_dist.config import Config
 from resnet_dist.distributed import (
     World,
@@ -35,6 +35,7 @@ from resnet_dist.distributed import (
 from resnet_dist.losses import Targets
 from resnet_dist.models import norm
 from resnet_dist.models.keyed import set_sample_keys
+from resnet_dist.transfer import copy_into, to_host
 
 Normalization = tuple[np.ndarray, np.ndarray]
 # Normalised float32 images [n, 3, S, S] and labels [n] of a rank's share -> the same, mixed.
