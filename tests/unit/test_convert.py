@@ -243,6 +243,22 @@ def test_a_worker_that_dies_is_an_error_naming_its_shard(tmp_path, monkeypatch):
     assert time.monotonic() - start < 20
 
 
+def test_a_worker_that_hangs_is_an_error_naming_its_shard(tmp_path, monkeypatch):
+    source = str(make_tree(tmp_path / "source"))
+    from data_prep import pool
+
+    original = pool.Worker.give
+
+    def give_and_stop(self, shard):
+        self.process.send_signal(signal.SIGSTOP)
+        original(self, shard)
+
+    monkeypatch.setattr(pool.Worker, "give", give_and_stop)
+    monkeypatch.setattr(pool, "HANG_S", 1.0)
+    with pytest.raises(ConvertError, match=r"shard-0000\d.beton: no progress for 1 s"):
+        convert(source, tmp_path / "dst", options("workers=2", "shard_samples=3"))
+
+
 @pytest.mark.parametrize(("item", "message"), [
     ("qualty=3", "qualty = 3: unknown key; did you mean 'quality'"),
     ("quality=101", "quality = 101: .*less than or equal to 100"),
