@@ -16,8 +16,9 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def train(run: RunPaths, config: Config, world: World, signals: SignalFlag) -> i
                 clock.restart(step)
             if last or step % config.eval.every_steps == 0:
                 with clock.paused():
-                    result = validate(engine, config, world)
+                    result = validate(engine, config, world, partial(heart.beat, step))
                 seen = seen.validated(step, 100 - result["top1"])
                 if metrics:
                     metrics.write("val", step, result)
@@ -153,16 +154,21 @@ def restore(run: RunPaths, engine: Engine, world: World) -> tuple[int, Observed]
     return step, Observed.from_meta(meta["observed"])
 
 
-def validate(engine: Engine, config: Config, world: World) -> dict[str, float]:
+def validate(engine: Engine, config: Config, world: World,
+             alive: Callable[[], None]) -> dict[str, float]:
     """Accuracy now; of the averaged weights too, as ema_..., where the run keeps them. Collective.
 
-    Leaves no trace in the run's bits.
+    Leaves no trace in the run's bits. `alive` is called for every batch.
     """
+    def normalize(images: torch.Tensor) -> torch.Tensor:
+        alive()
+        return engine.normalize(images)
+
     with engine.eval_model() as model:
-        result = evaluate(model, engine.normalize, eval_loader(config, world), world)
+        result = evaluate(model, normalize, eval_loader(config, world), world)
     if config.ema.decay is not None:
         with engine.eval_model(ema=True) as model:
-            averaged = evaluate(model, engine.normalize, eval_loader(config, world), world)
+            averaged = evaluate(model, normalize, eval_loader(config, world), world)
         result |= {f"ema_{key}": value for key, value in averaged.items() if key != "samples"}
     return result
 

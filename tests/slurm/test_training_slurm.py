@@ -29,8 +29,8 @@ def submit(cli: Cli, digits: Path, folder: Path, name: str) -> tuple[RunPaths, s
 
 def status(cli: Cli, run: RunPaths) -> dict[str, Any]:
     done = cli("status", run.name, "--runs", run.root.parent, "--json")
-    answer: Any = json.loads(done.stdout)
-    return answer[0] if isinstance(answer, list) else answer
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
 
 
 def wait(cli: Cli, run: RunPaths, until: Any, limit_s: float = 180) -> dict[str, Any]:
@@ -39,7 +39,8 @@ def wait(cli: Cli, run: RunPaths, until: Any, limit_s: float = 180) -> dict[str,
         now = status(cli, run)
         if until(now):
             return now
-        assert time.monotonic() < deadline and now["state"] != "failed", (now, logs_of(run))
+        assert time.monotonic() < deadline, (now, logs_of(run))
+        assert now["state"] != "failed", (now, logs_of(run))
         time.sleep(0.3)
 
 
