@@ -89,6 +89,13 @@ def test_calibration_error_equals_the_definition(count: int, bins: int, seed: in
     assert measured.counts.sum() == count
 
 
+def test_a_confidence_on_an_edge_belongs_to_the_bin_below() -> None:
+    sure = np.array([0.25, 0.25, 0.26, 0.5, 0.75, 1.0])
+    zeros = np.zeros(6, np.int64)
+    found = Outcomes(np.arange(6), zeros, zeros, zeros, sure, -np.log(sure))
+    assert calibration(found, 4).counts.tolist() == [2, 2, 1, 1]
+
+
 def test_a_network_that_knows_how_sure_it_may_be_has_no_calibration_error() -> None:
     rng = np.random.default_rng(1)
     sure = rng.uniform(0.5, 1, 200_000)

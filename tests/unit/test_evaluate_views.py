@@ -118,6 +118,7 @@ def test_ten_crops_equal_the_slow_implementation(dataset: Path, stored: list[Sam
     fast = seen(members, dataset, protocol="10crop", resize=None, size=48)
     expected = slow(members, stored, lambda s: list(ten(picture(s, None), 48)))
     torch.testing.assert_close(logits(fast), logits(expected), rtol=0, atol=1e-9)
+    torch.testing.assert_close(fast, expected, rtol=0, atol=1e-12)
 
 
 def test_ten_crops_of_a_resized_picture_equal_it_up_to_a_rounded_grey_level(
