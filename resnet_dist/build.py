@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -45,13 +46,18 @@ def normalization_of(config: Config, manifest: Manifest) -> tuple[np.ndarray, np
                          config.augment.size)
 
 
-def train_loader(config: Config, world: World, first_step: int) -> TrainLoader:
-    """This rank's share of every global batch from `first_step` on, without end."""
+def train_loader(config: Config, world: World, first_step: int,
+                 alive: Callable[[], None] = lambda: None) -> TrainLoader:
+    """This rank's share of every global batch from `first_step` on, without end.
+
+    `alive` is called while shards are staged, which may take longer than a step ever should.
+    """
     return TrainLoader(
         data_path(config), "train", config.augment, seed=config.seed,
         batch_size=config.batch_size, rank=world.rank, world=world.size,
         threads=config.data.threads or cores_per_rank(config), prefetch=config.data.prefetch,
-        verify=config.data.verify, first_step=first_step)
+        verify=config.data.verify, first_step=first_step, stage_dir=config.data.stage_dir,
+        read_ahead=config.data.read_ahead, staged=lambda there, total: alive())
 
 
 def eval_loader(config: Config, world: World) -> Views:

@@ -85,7 +85,7 @@ def train(run: RunPaths, config: Config, world: World, signals: SignalFlag) -> i
 
     first_image = world.rank * (config.batch_size // world.size)  # of this rank, in a global batch
     stop, clock, heart = 0, Clock(step), Heart(run, world)
-    with train_loader(config, world, first_step=step) as loader:
+    with train_loader(config, world, step, partial(heart.beat, step)) as loader:
         batches = iter(loader)
         while step < config.steps and not stop:
             with clock.waiting():

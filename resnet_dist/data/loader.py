@@ -250,7 +250,8 @@ class _Loader:
         self.close()
 
 
-def _open(dataset: Path, split: str, stage_dir: Path | str | None) -> ShardReader:
+def _open(dataset: Path, split: str, stage_dir: Path | str | None,
+          staged: Callable[[int, int], None] | None) -> ShardReader:
     if stage_dir is None:
         return ShardReader(dataset, split)
     manifest = load_manifest(dataset)
@@ -258,7 +259,7 @@ def _open(dataset: Path, split: str, stage_dir: Path | str | None) -> ShardReade
         return ShardReader(dataset, split, manifest=manifest)  # refuses, with the splits there are
     scratch = Path(os.path.expandvars(stage_dir)).expanduser()
     return ShardReader(dataset, split, manifest=manifest,
-                       root=stage(dataset, manifest, split, scratch))
+                       root=stage(dataset, manifest, split, scratch, staged))
 
 
 class TrainLoader(_Loader):
@@ -270,8 +271,9 @@ class TrainLoader(_Loader):
 
     Args: `threads` None takes the cores this process may use; `verify` "page" compares each image
     with its recorded hash, "open" trusts the bytes; `prefetch` batches are prepared ahead;
-    `stage_dir` is node-local scratch that the shards are copied to first; the bytes of a batch are
-    asked for `read_ahead` batches before it is planned (0: when they are decoded).
+    `stage_dir` is node-local scratch that the shards are copied to first, and `staged` is told of
+    each (bytes there, bytes in all); the bytes of a batch are asked for `read_ahead` batches before
+    it is planned (0: when they are decoded).
 
     Raises: DataError, when opening or from the iterator, naming shard and sample.
     """
@@ -279,10 +281,11 @@ class TrainLoader(_Loader):
     def __init__(self, dataset: Path | str, split: str, augment: AugmentConfig, *, seed: int,
                  batch_size: int, rank: int = 0, world: int = 1, threads: int | None = None,
                  prefetch: int = 3, verify: str = "page", first_step: int = 0,
-                 stage_dir: Path | str | None = None, read_ahead: int = 8):
+                 stage_dir: Path | str | None = None, read_ahead: int = 8,
+                 staged: Callable[[int, int], None] | None = None):
         if batch_size % world:
             raise ValueError(f"batch_size = {batch_size}: must be a multiple of {world} ranks")
-        self.reader = _open(Path(dataset), split, stage_dir)
+        self.reader = _open(Path(dataset), split, stage_dir, staged)
         self.num_samples = self.reader.num_samples
         self._ahead = ReadAhead(self.reader) if read_ahead else None
         try:
