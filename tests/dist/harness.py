@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import shutil
 import socket
 import sys
 import tempfile
@@ -63,6 +64,7 @@ def run_ranks(work: Callable[..., Any], world: int, *arguments: Any, timeout: fl
             if process.is_alive():
                 process.kill()
                 process.join()
+        shutil.rmtree(folder)
 
 
 def _collect(pipes: list[Connection], deadline: float, folder: Path) -> list[Any]:
