@@ -130,7 +130,7 @@ def curve(run: RunPaths) -> list[tuple[int, float]]:
 def finished(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> RunPaths:
     """A short run that evaluated every 3 steps, on two ranks."""
     folder = tmp_path_factory.mktemp("runs")
-    run = create_run(config_of(digits, folder, "often", eval={
+    run = create_run(config_of(digits, folder, "often", precision="bf16", eval={
         "every_steps": 3, "resize": None, "size": 32, "protocol": "flip"}))
     assert run_ranks(train_rank, 2, run.root) == [0, 0]
     return run
@@ -138,7 +138,7 @@ def finished(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> RunPaths
 
 def test_a_run_that_evaluates_has_the_bits_of_one_that_does_not(
         digits: Path, finished: RunPaths) -> None:
-    rare = create_run(config_of(digits, finished.root.parent, "rare"))
+    rare = create_run(config_of(digits, finished.root.parent, "rare", precision="bf16"))
     assert run_ranks(train_rank, 2, rare.root) == [0, 0]
     assert len(read_lines(finished.metrics, "val")) == 4
     assert len(read_lines(rare.metrics, "val")) == 1
@@ -163,14 +163,12 @@ def test_a_checkpoint_has_the_figures_that_training_saw(finished: RunPaths) -> N
     assert seen["loss"] != seen["ema_loss"]
 
 
-def test_three_ranks_report_what_one_reports(finished: RunPaths) -> None:
-    request = Request(finished.root, step=6, protocol="10crop", resize=36, size=32)
+def test_three_ranks_report_what_one_reports_to_the_bit_where_batches_are_alike(
+        finished: RunPaths) -> None:
+    request = Request(finished.root, step=6, batch_size=1)  # one image at a time on any rank
     alone = run_ranks(evaluated, 1, request)[0]
     three = run_ranks(evaluated, 3, request)
-    assert three[1:] == [None, None]
-    assert three[0].pop("loss") == pytest.approx(alone.pop("loss"), abs=1e-6)
-    assert three[0].pop("ece") == pytest.approx(alone.pop("ece"), abs=1e-3)
-    assert three[0] == alone
+    assert three == [alone, None, None]
     report = Path(alone["report"])
     assert report.parent == finished.evaluations
     assert json.loads((report / "result.json").read_text())["step"] == 6
