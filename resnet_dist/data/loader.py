@@ -107,6 +107,10 @@ class _Buffers:
             self._free[base.size].append(base)
 
 
+def _no_padding(size: int) -> np.ndarray:
+    raise DataError("the loader is closed")
+
+
 class _Engine:
     """Threads that turn plans into batches, in order, at most `prefetch` ahead."""
 
@@ -215,7 +219,8 @@ class _Engine:
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join()
-        self._plans = iter(())
+        # No cycle may keep memory until the collector happens to run.
+        self._plans, self._padding, self._threads = iter(()), _no_padding, []
         self._buffers.clear()
         for waiting in (self._tasks, self._ready):
             while not waiting.empty():

@@ -33,6 +33,7 @@ from resnet_dist.data.native import JPEG, RAW
 
 _MIN_PAGE = 1 << 21  # FFCV's smallest page
 _PROT_NONE, _MAP_FAILED = 0, ctypes.c_void_p(-1).value
+_MADV_WILLNEED = 3
 _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -124,6 +125,11 @@ class ShardReader:
         """The stored bytes of one image: uint8 view."""
         start = int(self.metadata["f0"]["data_ptr"][sample])
         return self.data[start:start + int(self.sizes[sample])]
+
+    def will_need(self, start: int, end: int) -> None:
+        """Ask the kernel to read bytes [start, end) of `data`; `start` is at a page boundary."""
+        if self._address is not None:
+            _libc.madvise(self._address + start, end - start, _MADV_WILLNEED)
 
     @property
     def labels(self) -> np.ndarray:

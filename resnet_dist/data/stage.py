@@ -9,7 +9,6 @@ Names hold the shard's hash: two data sets, or two versions of one, never meet i
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import hashlib
@@ -30,7 +29,6 @@ from resnet_dist.data.reader import DataError, ShardReader
 
 _log = logging.getLogger(__name__)
 _BLOCK_BYTES = 8 << 20
-_MADV_WILLNEED = 3
 
 
 def stage(dataset: Path, manifest: Manifest, split: str, scratch: Path,
@@ -131,8 +129,6 @@ class ReadAhead:
         self._reader = reader
         self._batches: queue.SimpleQueue[np.ndarray | None] = queue.SimpleQueue()
         self._closed = False
-        self._libc = ctypes.CDLL(None, use_errno=True)
-        self._libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
         self._thread = threading.Thread(target=self._run, daemon=True, name="data-readahead")
         self._thread.start()
 
@@ -142,14 +138,13 @@ class ReadAhead:
 
     def _run(self) -> None:
         page = os.sysconf("SC_PAGE_SIZE")
-        base = self._reader.data.ctypes.data
         while (ids := self._batches.get()) is not None:
             starts = self._reader.metadata["f0"]["data_ptr"][ids].astype(np.int64)
             ends = starts + self._reader.sizes[ids]
             for start, end in zip((starts // page * page).tolist(), ends.tolist(), strict=True):
                 if self._closed:
                     return
-                self._libc.madvise(base + start, end - start, _MADV_WILLNEED)
+                self._reader.will_need(start, end)
 
     def close(self) -> None:
         self._closed = True
