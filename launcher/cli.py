@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 failed, 2 bad input.
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -42,6 +43,7 @@ def convert(
     from data_prep.convert import convert, parse_convert_overrides
     from data_prep.slurm import convert_slurm
 
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # progress off a terminal
     checked = parse_convert_overrides(options or [])
     if slurm:
         manifest = convert_slurm(source, dst, checked, progress=True)

@@ -75,7 +75,7 @@ def train(run: RunPaths, config: Config, world: World, signals: SignalFlag) -> i
     step, seen = restore(run, engine, world)
     resumed = step
     metrics = Metrics(run, step) if world.rank == 0 else None
-    writer = CheckpointWriter(run, config.checkpoint.keep_last) if world.rank == 0 else None
+    writer = checkpoint_writer(run, config) if world.rank == 0 else None
     note = f"resumed at step {step}" if step else "started"
     log.info("%s: %d ranks, %d steps of %d images", note, world.size, config.steps,
              config.batch_size)
@@ -121,6 +121,8 @@ def train(run: RunPaths, config: Config, world: World, signals: SignalFlag) -> i
                 state = engine.state()
                 if metrics and writer:
                     metrics.flush()
+                    if config.checkpoint.keep_best:
+                        writer.best_step = best_checkpoint(run, seen, step)
                     writer.save(step, state, describe(config, manifest, world, seen))
             if writer:
                 report(writer.finished(), metrics)
@@ -152,6 +154,29 @@ def restore(run: RunPaths, engine: Engine, world: World) -> tuple[int, Observed]
     state, meta = load(run.checkpoint(step))
     engine.load(state)
     return step, Observed.from_meta(meta["observed"])
+
+
+def checkpoint_writer(run: RunPaths, config: Config) -> CheckpointWriter:
+    """A writer that refuses to commit once another job has taken the run over."""
+    def owner() -> str:
+        return run.lease.read_text() if run.lease.exists() else ""
+
+    def fence() -> None:
+        if owner() != mine:
+            raise OSError(f"{run.root} is run by {owner().strip()} now")
+
+    mine = owner()
+    return CheckpointWriter(run, config.checkpoint.keep_last, fence,
+                            config.checkpoint.keep_every_steps)
+
+
+def best_checkpoint(run: RunPaths, seen: Observed, step: int) -> int | None:
+    """The first checkpoint at or after the best evaluation; `step` is about to be saved."""
+    if not seen.errors:
+        return None
+    best = min(seen.errors, key=lambda pair: pair[1])[0]
+    saved = [paths.step for paths in run.checkpoints_on_disk()]
+    return min(each for each in [*saved, step] if each >= best)
 
 
 def validate(engine: Engine, config: Config, world: World,
