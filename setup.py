@@ -1,7 +1,7 @@
 """Builds the native decoders; everything else about the package stands in pyproject.toml.
 
-The results are plain shared libraries without a Python API, loaded with ctypes. They must run on any
-x86-64 node whatever node built it, so there is no -march here: hot loops choose their code when
+The results are plain shared libraries without a Python API, loaded with ctypes. They must run on
+any x86-64 node whatever node built it, so there is no -march here: hot loops choose their code when
 they run.
 """
 
