@@ -86,5 +86,5 @@ pip=("$VENV/bin/python" -m pip install --quiet --disable-pip-version-check)
 "${pip[@]}" -c constraints.txt pip setuptools wheel
 # torch first: DeepSpeed's build looks at the installed one.
 "${pip[@]}" -c constraints.txt torch numpy
-"${pip[@]}" -c constraints.txt -e ".$EXTRAS"
+PYTHONWARNINGS=ignore "${pip[@]}" -c constraints.txt -e ".$EXTRAS"
 say "Ready."
