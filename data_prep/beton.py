@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from resnet_dist.data.manifest import index_digest
+
 VERSION = 2
 HEADER = np.dtype([("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4"),
                    ("num_samples", "<u8"), ("alloc_table_ptr", "<u8")], align=True)
@@ -97,8 +99,9 @@ def head(samples: Sequence[Stored], page: int, pointers: Sequence[int], table: i
     return header.tobytes() + fields.tobytes() + rows.tobytes()
 
 
-def write_shard(path: Path, samples: Sequence[Stored]) -> tuple[int, str]:
-    """Write a shard under a temporary name, sync it, rename it. Returns its size and SHA-256.
+def write_shard(path: Path, samples: Sequence[Stored]) -> tuple[int, str, str]:
+    """Write a shard under a temporary name, sync it, rename it. Returns its size, its SHA-256 and
+    its `index_digest`.
 
     After a crash at any point `path` is absent, the old file, or the whole new one.
     """
@@ -107,6 +110,7 @@ def write_shard(path: Path, samples: Sequence[Stored]) -> tuple[int, str]:
     pointers, table_at = layout(sizes, page)
     table = np.zeros(len(samples), ALLOCATION)
     table["sample_id"], table["ptr"], table["size"] = np.arange(len(samples)), pointers, sizes
+    first = head(samples, page, pointers, table_at)
     sha = hashlib.sha256()
     zeros = bytes(MIN_PAGE)
 
@@ -123,7 +127,7 @@ def write_shard(path: Path, samples: Sequence[Stored]) -> tuple[int, str]:
             while at < until:
                 put(zeros[:until - at])
 
-        put(head(samples, page, pointers, table_at))
+        put(first)
         for sample, pointer in zip(samples, pointers, strict=True):
             pad(pointer)
             put(sample.data)
@@ -131,7 +135,7 @@ def write_shard(path: Path, samples: Sequence[Stored]) -> tuple[int, str]:
         put(table.tobytes())
 
     write_atomically(path, write)
-    return table_at + table.nbytes, sha.hexdigest()
+    return table_at + table.nbytes, sha.hexdigest(), index_digest(first, table.tobytes())
 
 
 def write_atomically(path: Path, write: Callable[[object], None] | bytes) -> None:

@@ -77,7 +77,7 @@ def _splits(plan: Plan, records: Records) -> dict[str, Split]:
     for split in plan.splits:
         shards = tuple(
             Shard(file=str(shard), samples=record.samples, bytes=record.bytes,
-                  sha256=record.sha256)
+                  sha256=record.sha256, index_xxh3=record.index_xxh3)
             for shard, record in records.items() if shard.split == split.name and record.samples)
         if not shards:
             raise ConvertError(f"split {split.name!r}: not one image of it could be used")

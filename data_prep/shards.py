@@ -35,6 +35,7 @@ class Record:
     samples: int
     bytes: int
     sha256: str
+    index_xxh3: str  # `index_digest` of the shard
     measured: int  # images that the sums are over, see `measure_every`
     pixels: int  # of those
     sums: tuple[int, int, int]  # of the stored pixels, per channel
@@ -86,16 +87,17 @@ def convert_shard(plan: Plan, shard: ShardId, reader: Reader, encoding: Encoding
                 per_pixel = np.zeros(pixels.shape, np.int64)
             per_pixel += pixels
     path = plan.shard_path(shard)
-    length, sha = 0, ""
+    length, sha, index = 0, "", ""
     if stored:
         path.parent.mkdir(exist_ok=True)
-        length, sha = write_shard(path, stored)
+        length, sha, index = write_shard(path, stored)
     if per_pixel is not None and len(sizes) == 1:
         buffer = io.BytesIO()
         np.save(buffer, per_pixel)
         write_atomically(plan.work.pixel_sums(shard), buffer.getvalue())
-    record = Record(key=plan.key, samples=len(stored), bytes=length, sha256=sha, measured=measured,
-                    pixels=measured_pixels, sums=_triple(totals[:3]), squares=_triple(totals[3:]),
+    record = Record(key=plan.key, samples=len(stored), bytes=length, sha256=sha, index_xxh3=index,
+                    measured=measured, pixels=measured_pixels,
+                    sums=_triple(totals[:3]), squares=_triple(totals[3:]),
                     image_size=next(iter(sizes)) if len(sizes) == 1 else None,
                     rejected=tuple(rejected))
     text = json.dumps(asdict(record), sort_keys=True)

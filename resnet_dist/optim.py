@@ -135,11 +135,11 @@ def _one_cycle(schedule: ScheduleConfig, step: int, steps: int) -> float:
 
 def plateau_steps(errors: Sequence[tuple[int, float]], patience: int,
                   gain: float) -> tuple[int, ...]:
-    """Steps from which the rate drops: `patience` evaluations in a row gained less than `gain`
-    percent points on the best error before them. Counting starts anew after a drop."""
+    """Steps from which the rate drops: `patience` evaluations in a row gained no more than
+    `gain` percent points on the best error before them. Counting starts anew after a drop."""
     drops, best, waited = [], math.inf, 0
     for step, error in errors:
-        if error <= best - gain and error < best:
+        if error < best - gain:
             best, waited = error, 0
             continue
         waited += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_prep import beton
 from data_prep.convert import ConvertError, convert
 from data_prep.verify import verify
 from resnet_dist.config import ConfigError
@@ -204,7 +206,8 @@ def test_a_killed_conversion_goes_on_and_ends_in_the_same_bytes(tmp_path):
     source = str(make_tree(tmp_path / "source", per_class=30))
     convert(source, tmp_path / "whole" / "dst", options("workers=1", "shard_samples=5"))
     command = [sys.executable, "-c", "import sys; from pathlib import Path; "
-               "from data_prep.convert import convert, parse_convert_overrides as o; "
+               "from data_prep import beton
+from data_prep.convert import convert, parse_convert_overrides as o; "
                "convert(sys.argv[1], Path(sys.argv[2]), o(['workers=2', 'shard_samples=5']))",
                source, str(tmp_path / "cut" / "dst")]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
@@ -281,3 +284,21 @@ def test_sources_that_are_none_are_refused_in_words(tmp_path):
     (tmp_path / "flat" / "a.jpg").unlink()
     with pytest.raises(ConfigError, match="no images found"):
         convert(str(tmp_path / "flat"), tmp_path / "dst", options())
+
+
+def test_a_flipped_label_is_noticed_when_the_data_set_is_opened(
+        digits: Path, tmp_path: Path) -> None:
+    from resnet_dist.data.reader import DataError, ShardReader
+
+    copy = tmp_path / "copy"
+    shutil.copytree(digits, copy)
+    shard = copy / "train" / "shard-00000.beton"
+    content = bytearray(shard.read_bytes())
+    first = beton.read_index(shard).samples[:1]
+    label_at = content.find(first.tobytes()) + first.dtype.fields["f1"][1]
+    content[label_at] ^= 1
+    shard.write_bytes(content)
+    with ShardReader(digits, "train"):
+        pass
+    with pytest.raises(DataError, match="labels or metadata"):
+        ShardReader(copy, "train")
