@@ -206,8 +206,7 @@ def test_a_killed_conversion_goes_on_and_ends_in_the_same_bytes(tmp_path):
     source = str(make_tree(tmp_path / "source", per_class=30))
     convert(source, tmp_path / "whole" / "dst", options("workers=1", "shard_samples=5"))
     command = [sys.executable, "-c", "import sys; from pathlib import Path; "
-               "from data_prep import beton
-from data_prep.convert import convert, parse_convert_overrides as o; "
+               "from data_prep.convert import convert, parse_convert_overrides as o; "
                "convert(sys.argv[1], Path(sys.argv[2]), o(['workers=2', 'shard_samples=5']))",
                source, str(tmp_path / "cut" / "dst")]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
