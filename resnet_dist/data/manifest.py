@@ -78,8 +78,8 @@ def load_manifest(root: Path | str) -> Manifest:
     try:
         version = json.loads(text).get("format_version")
         if version != FORMAT_VERSION:
-            raise ConfigError(f"data.path = {root}: format version {version}, this program reads "
-                              f"{FORMAT_VERSION}; convert again")
+            raise ConfigError(f"data.path = {root}: dataset.json is of format version {version}, "
+                              f"this program reads {FORMAT_VERSION}; convert again")
         manifest = _ADAPTER.validate_json(text, strict=True)
     except (ValidationError, ValueError, AttributeError) as error:
         if isinstance(error, ConfigError):
