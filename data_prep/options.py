@@ -9,7 +9,6 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from resnet_dist.config import (
-    NAME_PATTERN,
     ConfigError,
     Count,
     Fraction,
@@ -18,6 +17,7 @@ from resnet_dist.config import (
     explain,
     parse_overrides,
 )
+from resnet_dist.rules import NAME_PATTERN
 
 
 @dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)

@@ -19,18 +19,11 @@ from rich.console import Console
 
 from launcher.freeze import anchored, create_run, differences, find_run
 from launcher.supervisor import supervise_here
-from resnet_dist.config import (
-    EVAL_PROTOCOLS,
-    Config,
-    ConfigError,
-    load_config,
-    load_frozen,
-    nearest,
-    world_problems,
-)
+from resnet_dist.config import EVAL_PROTOCOLS, Config, ConfigError, load_config, load_frozen
 from resnet_dist.data.manifest import check_dataset
 from resnet_dist.models.names import model_names
 from resnet_dist.paths import RunPaths
+from resnet_dist.rules import nearest, world_problems
 
 
 def train_here(recipe: Path, overrides: list[str]) -> int:

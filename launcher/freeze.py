@@ -19,9 +19,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from resnet_dist.config import NAME_PATTERN, Config, ConfigError, config_to_dict, dump_config
+from resnet_dist.config import Config, ConfigError, config_to_dict, dump_config
 from resnet_dist.data.manifest import Manifest, check_dataset, manifest_fingerprint
 from resnet_dist.paths import RunPaths
+from resnet_dist.rules import NAME_PATTERN
 
 _PACKAGES = ("resnet-dist", "torch", "deepspeed", "ffcv", "submitit", "numpy", "numba")
 

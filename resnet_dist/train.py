@@ -39,7 +39,7 @@ from resnet_dist.checkpoint import (
     load,
     newest_valid,
 )
-from resnet_dist.config import Config, ConfigError, config_to_dict, load_frozen, world_problems
+from resnet_dist.config import Config, ConfigError, config_to_dict, load_frozen
 from resnet_dist.data.loader import DataError
 from resnet_dist.data.manifest import Manifest, check_dataset, manifest_fingerprint
 from resnet_dist.data.mix import mixer
@@ -52,6 +52,7 @@ from resnet_dist.metrics import Metrics
 from resnet_dist.optim import Observed, lr_at
 from resnet_dist.paths import RunPaths
 from resnet_dist.preemption import SignalFlag
+from resnet_dist.rules import world_problems
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from resnet_dist.config import (
     dump_config,
     load_config,
     load_frozen,
-    world_problems,
 )
+from resnet_dist.rules import world_problems
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
