@@ -156,6 +156,8 @@ def stop(
 @app.command()
 def resume(run: Run, options: Overrides = None,
            local: Annotated[bool, typer.Option("--local", help="run here")] = False,
+           code: Annotated[str, typer.Option(
+               "--code", help="frozen: as it was submitted; current: as installed now")] = "frozen",
            runs: Runs = "runs") -> None:
     """Continue a run from its newest checkpoint, on other nodes or for more steps.
 
@@ -165,7 +167,7 @@ def resume(run: Run, options: Overrides = None,
     from launcher.freeze import find_run
 
     found = find_run(run, runs)
-    console.print(f"[green]resumed[/]  job {resume(found, options or [], local=local)}")
+    console.print(f"[green]resumed[/]  job {resume(found, options or [], local=local, code=code)}")
 
 
 @app.command("eval")

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from launcher import scheduler
 from launcher.events import Process, record
-from launcher.freeze import rewrite_config
+from launcher.freeze import renew_code, rewrite_config
 from launcher.status import RunStatus, run_status, statuses
 from launcher.submit import submit
 from resnet_dist.config import (
@@ -115,13 +115,21 @@ def _kill_here(run: RunPaths, status: RunStatus) -> str:
     return "killed"
 
 
-def resume(run: RunPaths, overrides: list[str], *, local: bool) -> str:
+CODES = ("frozen", "current")
+
+
+def resume(run: RunPaths, overrides: list[str], *, local: bool, code: str = "frozen") -> str:
     """Queue a stopped, failed or finished run again; the job's id.
 
     What defines the training (model, batch, seed, schedule, ...) cannot change.
 
+    Args:
+        code: "frozen": what the run was submitted with; "current": what is installed now.
+
     Raises: ConfigError.
     """
+    if code not in CODES:
+        raise ConfigError(f"--code = {code}: pick one of {', '.join(CODES)}")
     status = _asked(run)
     if not status.over:
         raise ConfigError(f"RUN = {run.name}: is {status.state} as job {status.job}; "
@@ -138,6 +146,9 @@ def resume(run: RunPaths, overrides: list[str], *, local: bool) -> str:
         check_dataset(config)
     if config != frozen:
         rewrite_config(run, config)
+    if code == "current" or not run.code.is_dir():
+        before, after = renew_code(run)
+        record(run, "code", before=before, after=after)
     return submit(config, run, local=local or status.where == "local")
 
 

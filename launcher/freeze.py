@@ -1,7 +1,7 @@
 """From a checked configuration to a run directory that will not change under a queued job.
 
-In: `Config`. Out: `runs/NAME` with config.yaml and provenance.json, or a `ConfigError` before
-anything expensive starts.
+In: `Config`. Out: `runs/NAME` with config.yaml, provenance.json and a copy of the code, or a
+`ConfigError` before anything expensive starts.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from launcher.source import freeze_code
 from resnet_dist.config import Config, ConfigError, config_to_dict, dump_config
 from resnet_dist.data.manifest import Manifest, check_dataset, manifest_fingerprint
 from resnet_dist.paths import RunPaths
@@ -46,7 +49,8 @@ def create_run(config: Config) -> RunPaths:
         for folder in (run.checkpoints, run.logs, run.heartbeats, run.tensorboard):
             folder.mkdir()
         _write(run.config, dump_config(config))
-        _write(run.provenance, json.dumps(provenance(manifest), indent=1) + "\n")
+        told = provenance(manifest) | {"code": {"sha256": freeze_code(run)}}
+        write_provenance(run, told)
     except BaseException:
         shutil.rmtree(run.root)
         raise
@@ -79,8 +83,43 @@ def differences(before: Config, after: Config) -> list[str]:
 
 
 def rewrite_config(run: RunPaths, config: Config) -> None:
-    """Replace a run's configuration atomically (resume with other nodes or more steps)."""
-    _write(run.config, dump_config(config))
+    """Replace a run's configuration atomically (resume with other nodes or more steps).
+
+    Keys that the file lacks stay out while they have their default: the run's own copy of the code
+    may be older than they are.
+    """
+    before = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+    kept = _known_or_set(config_to_dict(config), before, config_to_dict(Config()))
+    _write(run.config, yaml.safe_dump(kept, sort_keys=False, width=100))
+
+
+def _known_or_set(new: dict[str, Any], old: dict[str, Any],
+                  default: dict[str, Any]) -> dict[str, Any]:
+    kept = {}
+    for key, value in new.items():
+        if isinstance(value, dict) and isinstance(old.get(key), dict):
+            kept[key] = _known_or_set(value, old[key], default[key])
+        elif key in old or value != default[key]:
+            kept[key] = value
+    return kept
+
+
+def renew_code(run: RunPaths) -> tuple[str | None, str]:
+    """Let the run go on with the code that is running now: the fingerprints before and after."""
+    told = read_provenance(run)
+    before, after = told.get("code", {}).get("sha256"), freeze_code(run)
+    write_provenance(run, told | {"code": {"sha256": after}, "commit": _git_commit()})
+    return before, after
+
+
+def read_provenance(run: RunPaths) -> dict[str, Any]:
+    """Who started the run, with which code, on which data."""
+    told: dict[str, Any] = json.loads(run.provenance.read_text(encoding="utf-8"))
+    return told
+
+
+def write_provenance(run: RunPaths, told: dict[str, Any]) -> None:
+    _write(run.provenance, json.dumps(told, indent=1) + "\n")
 
 
 def find_run(name: str, runs: str = "runs") -> RunPaths:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from launcher.incarnation import Place, log_to_stderr
 from launcher.scheduler import node_names
+from launcher.source import SOURCE_ROOT, runs_the_copy
 from launcher.supervisor import supervise
 from launcher.workers import train_command
 from resnet_dist.config import load_frozen
@@ -40,6 +41,7 @@ class TrainJob:
         os.umask(0o077)
         run = RunPaths(Path(self.run_dir))
         refuse_foreign(run)
+        refuse_other_code(run)
         place = here()
         log_to_stderr(place.node)
         if place.where == "local":
@@ -50,7 +52,6 @@ class TrainJob:
         if outcome.kind == "requeue":
             sys.exit(REQUEUE_CODE)
         return outcome.kind
-
 
     def command(self, run: RunPaths) -> list[str]:
         """What one rank runs."""
@@ -76,6 +77,13 @@ def refuse_foreign(run: RunPaths) -> None:
             raise RunFailed(f"{folder}: must belong to uid {os.getuid()} and be writable by nobody "
                             f"else; it belongs to uid {facts.st_uid}, mode "
                             f"{stat.filemode(facts.st_mode)}")
+
+
+def refuse_other_code(run: RunPaths) -> None:
+    """Raises: RunFailed where the run has a copy of its code and this process runs another."""
+    if run.code.is_dir() and not runs_the_copy(run):
+        raise RunFailed(f"{run.code}: holds the run's code, but the job runs {SOURCE_ROOT}; does "
+                        "launch.setup change PYTHONPATH?")
 
 
 def _restore_gpus() -> None:

@@ -11,12 +11,14 @@ import secrets
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from launcher.events import record
 from launcher.job import USERS_GPUS, TrainJob
 from launcher.scheduler import have_slurm
+from launcher.source import frozen_environment, frozen_exports, quoted
 from resnet_dist.config import Config, ConfigError
 from resnet_dist.paths import RunPaths
 
@@ -56,8 +58,12 @@ def prepare(run: RunPaths) -> None:
         file.write(secrets.token_hex(32))
 
 
-def sbatch_parameters(config: Config) -> dict[str, Any]:
-    """What submitit's SLURM executor is told."""
+def sbatch_parameters(config: Config, exports: Sequence[str] = ()) -> dict[str, Any]:
+    """What submitit's SLURM executor is told.
+
+    Args:
+        exports: lines that lead to the code which the job runs.
+    """
     launch, ranks = config.launch, config.launch.ranks_per_node
     gpus = launch.gpus_per_rank
     if gpus is None:
@@ -79,7 +85,7 @@ def sbatch_parameters(config: Config) -> dict[str, Any]:
         "slurm_signal_delay_s": launch.grace_s, "slurm_srun_args": srun,
         # The batch shell must outlive the signals that end the job: while it waits for srun, the
         # supervisors save.
-        "slurm_setup": ["trap '' TERM USR1 USR2", *launch.setup],
+        "slurm_setup": ["trap '' TERM USR1 USR2", *launch.setup, *exports],
         "slurm_additional_parameters": extra,
     }
     return {key: value for key, value in parameters.items() if value is not None}
@@ -91,7 +97,8 @@ def queue(config: Config, run: RunPaths, train_job: TrainJob) -> str:
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     executor = submitit.AutoExecutor(folder=run.submitit, cluster="slurm")
-    executor.update_parameters(**sbatch_parameters(config))
+    exports = frozen_exports(quoted(run)) if run.code.is_dir() else []
+    executor.update_parameters(**sbatch_parameters(config, exports))
     before = os.umask(0o077)  # pickles and logs are the owner's
     try:
         return str(executor.submit(train_job).job_id)
@@ -108,7 +115,7 @@ def _start_detached(run: RunPaths) -> str:
     """Submit from a process in a session of its own, which hands its session to the job."""
     answer = run.submitit / "local_job"
     answer.unlink(missing_ok=True)
-    environment = dict(os.environ)
+    environment = os.environ | (frozen_environment(run) if run.code.is_dir() else {})
     if "CUDA_VISIBLE_DEVICES" in environment:
         environment[USERS_GPUS] = environment["CUDA_VISIBLE_DEVICES"]
     with open(run.submitit / "local.log", "ab") as output:

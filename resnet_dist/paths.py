@@ -60,6 +60,11 @@ class RunPaths:
         return self.root / "provenance.json"
 
     @property
+    def code(self) -> Path:
+        """The product's modules as they were when the run was submitted; its jobs run these."""
+        return self.root / "code"
+
+    @property
     def jobs(self) -> Path:
         """What happened to the run's jobs, one JSON object a line, append only."""
         return self.root / "jobs.jsonl"
