@@ -111,7 +111,9 @@ class OptimizerConfig(Section):
     momentum: Fraction = 0.9  # sgd, sgd_caffe, lars
     nesterov: bool = False  # sgd
     weight_decay: NonNegative = 1e-4
-    decay: Literal["all", "weights"] = "all"  # "weights": not biases, not BatchNorm
+    # Of which parameters weight_decay is: weights: not of biases, not of BatchNorm; but_norm: of
+    # biases too.
+    decay: Literal["all", "weights", "but_norm"] = "all"
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)  # adamw, lamb
     eps: Positive = 1e-8  # adamw, lamb
     trust: Positive = 0.001  # lars: the coefficient eta of You et al. 2017
@@ -124,8 +126,11 @@ class ScheduleConfig(Section):
                   "constant"] = "milestones"
     milestones: tuple[Natural, ...] = ()  # steps at which the rate is multiplied by `factor`
     factor: Positive = 0.1
-    warmup_steps: Natural = 0  # linear from lr * warmup_start
-    warmup_start: NonNegative = 0.0
+    warmup_steps: Natural = 0  # not for one_cycle, which has its own rise
+    warmup_start: NonNegative = 0.0  # fraction of lr
+    # linear: from lr * warmup_start to lr; constant: lr * warmup_start throughout (He et al. 2016,
+    # appendix: 0.01 for 400 steps).
+    warmup: Literal["linear", "constant"] = "linear"
     # Hold lr * warmup_start until the training error falls below this many percent (He et al. 2015,
     # sec. 4.2, ResNet-110: 0.01 until 80).
     warmup_until_error: Annotated[float, Field(gt=0, lt=100)] | None = None
@@ -204,6 +209,9 @@ class Config(Section):
     steps: Count = 600_000  # optimizer steps in all
     batch_size: Count = 256  # images in a global batch, whatever the world
     bn_batch: Count | None = 32  # images one BatchNorm normalises over; None: a rank's micro-batch
+    # After the last step, replace BatchNorm's running statistics by their true average over so many
+    # further batches, as the released models of He et al. 2015 were finished; 0: keep them.
+    bn_refresh_steps: Natural = 0
     # Images of one forward of one rank. None: all it has; on a CPU at most 64 or one bn_batch.
     micro_batch: Count | None = None
     mode: Literal["fast", "exact"] = "fast"

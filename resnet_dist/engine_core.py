@@ -222,13 +222,13 @@ class Engine:
         Each batch: uint8 [n, S, S, 3], this rank's share. In exact mode the bits do not depend on
         the world. Collective, with equally many batches on every rank.
         """
-        size = self.config.bn_batch
+        size, share = self.config.bn_batch, images_per_forward(self.config, self.world)
         self.module.train()
         total: Tensor | None = None
         with torch.no_grad(), self.autocast():
             for images in batches:
                 x = self.normalize(images.to(self.world.device))
-                step = size if self._exact and size is not None else len(x)
+                step = size if self._exact and size is not None else share
 
                 def leaf(group: int, x: Tensor = x, step: int = step) -> Tensor:
                     n = len(x[group * step:(group + 1) * step])

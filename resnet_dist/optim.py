@@ -21,15 +21,18 @@ from resnet_dist.optimizers import LAMB, LARS, CaffeSGD
 def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
     """Parameters with and without weight decay, each in the model's order.
 
-    `decay: all` is the paper's and Torch7's: every parameter. `decay: weights` leaves out what has
-    one dimension: biases and BatchNorm's scale and shift (Goyal et al. 2017, sec. 5.1, leaves out
-    BatchNorm's; Jia et al. 2018, sec. 3.2, biases too).
+    `decay: all` is the paper's and Torch7's: every parameter. `weights` spares what has one
+    dimension: biases and BatchNorm's scale and shift (Jia et al. 2018, sec. 3.2; timm). `but_norm`
+    spares BatchNorm's alone (Goyal et al. 2017, sec. 5.1; torchvision's norm_weight_decay=0).
     """
+    norms = {id(parameter) for module in model.modules() if isinstance(module, nn.BatchNorm2d)
+             for parameter in module.parameters(recurse=False)}
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
-            spared = config.optimizer.decay == "weights" and parameter.dim() <= 1
+            spared = {"all": False, "weights": parameter.dim() <= 1,
+                      "but_norm": id(parameter) in norms}[config.optimizer.decay]
             (plain if spared else decayed).append(parameter)
     groups = ((decayed, config.optimizer.weight_decay), (plain, 0.0))
     return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
@@ -101,6 +104,8 @@ def lr_at(schedule: ScheduleConfig, base_lr: float, step: int, steps: int,
         return base_lr * start
     if schedule.name == "one_cycle":
         return base_lr * _one_cycle(schedule, step, steps)
+    if step < warmup and schedule.warmup == "constant":
+        return base_lr * start
     if step < warmup:
         return base_lr * (start + (1 - start) * step / warmup)
     if schedule.name == "constant":

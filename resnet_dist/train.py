@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from resnet_dist.checkpoint import (
     newest_valid,
 )
 from resnet_dist.config import Config, ConfigError, config_to_dict, load_frozen
-from resnet_dist.data.loader import DataError
+from resnet_dist.data.loader import Batch, DataError
 from resnet_dist.data.manifest import Manifest, check_dataset, manifest_fingerprint
 from resnet_dist.data.mix import mixer
 from resnet_dist.data.random import sample_keys
@@ -108,6 +109,9 @@ def train(run: RunPaths, config: Config, world: World, signals: SignalFlag) -> i
                     metrics.write("train", step,
                                   {**values, "lr": lr, **clock.speed(step, config.batch_size)})
                 clock.restart(step)
+            if last and config.bn_refresh_steps:
+                engine.refresh_bn(further(batches, config.bn_refresh_steps,
+                                          partial(heart.beat, step)))
             if last or step % config.eval.every_steps == 0:
                 with clock.paused():
                     result = validate(engine, config, world, partial(heart.beat, step))
@@ -155,6 +159,14 @@ def restore(run: RunPaths, engine: Engine, world: World) -> tuple[int, Observed]
     state, meta = load(run.checkpoint(step))
     engine.load(state)
     return step, Observed.from_meta(meta["observed"])
+
+
+def further(batches: Iterator[Batch], count: int,
+            alive: Callable[[], None]) -> Iterator[torch.Tensor]:
+    """The images of the next `count` batches; `alive` is called for each."""
+    for batch in islice(batches, count):
+        alive()
+        yield batch.images
 
 
 def checkpoint_writer(run: RunPaths, config: Config) -> CheckpointWriter:

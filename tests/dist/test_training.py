@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from launcher.freeze import create_run, rewrite_config
 from resnet_dist.config import Config, config_from_dict, config_to_dict, load_frozen
@@ -131,6 +133,26 @@ def test_exact_mode_gives_the_same_bits_at_any_world_and_through_changes(
         finish(run, world)
     assert found[1] == found[2] == found[4]
     assert state(run)[:2] == found[1][:2]
+
+
+def test_statistics_refreshed_after_training_survive_a_kill_and_change_nothing_else(
+        digits: Path, tmp_path: Path) -> None:
+    plain = create_run(config_of(digits, tmp_path, "plain", steps=12))
+    finish(plain, 2)
+    refreshed = create_run(config_of(digits, tmp_path, "refreshed", steps=12, bn_refresh_steps=5))
+    ranks = start(refreshed, 2)
+    wait_for_step(refreshed, 10)
+    for rank in ranks:
+        rank.kill()
+        rank.wait()
+    finish(refreshed, 2)
+    kept, replaced = (load_file(run.checkpoint(12).model) for run in (plain, refreshed))
+    changed = {name.rpartition(".")[2] for name in kept
+               if not torch.equal(kept[name], replaced[name])}
+    assert changed == {"running_mean", "running_var", "num_batches_tracked"}
+    again = create_run(config_of(digits, tmp_path, "again", steps=12, bn_refresh_steps=5))
+    finish(again, 2)
+    assert hashes(again, 12) == hashes(refreshed, 12)
 
 
 def test_no_start_over_when_every_checkpoint_is_damaged(digits: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from resnet_dist.averaging import AveragedWeights
 from resnet_dist.config import Config, LossConfig, ScheduleConfig, config_from_dict
 from resnet_dist.losses import Targets, class_weights, correct, loss_sum
 from resnet_dist.models import build_model, norm
+from resnet_dist.models.norm import GhostBatchNorm2d
 from resnet_dist.optim import (
     Observed,
     build_optimizer,
@@ -94,6 +95,23 @@ def test_caffe_momentum_is_the_formula() -> None:
 def test_caffe_momentum_differs_from_torchs_once_the_rate_changes() -> None:
     with pytest.raises(AssertionError):
         descend({"name": "sgd", "lr": 0.01, "weight_decay": 0.01}, caffe)
+
+
+@pytest.mark.parametrize(("decay_on", "spared"), [
+    ("all", set()), ("weights", {"0.bias", "1.weight", "1.bias", "2.bias"}),
+    ("but_norm", {"1.weight", "1.bias"})])
+def test_decay_spares_what_it_says(decay_on: str, spared: set[str]) -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 1), GhostBatchNorm2d(3),
+                                torch.nn.Linear(3, 2))
+    config = make_config(lr=0.1, momentum=0.0, weight_decay=0.5, decay=decay_on)
+    optimizer = build_optimizer(model, config)
+    before = {}
+    for name, parameter in model.named_parameters():
+        parameter.grad = torch.zeros_like(parameter)
+        parameter.data.fill_(1.0)
+        before[name] = parameter.detach().clone()
+    optimizer.step()
+    assert {name for name, p in model.named_parameters() if torch.equal(p, before[name])} == spared
 
 
 @pytest.mark.parametrize("decay_on", ["all", "weights"])
@@ -187,10 +205,15 @@ SCHEDULERS = torch.optim.lr_scheduler
     ({"name": "cosine", "warmup_steps": 100, "warmup_start": 0.01},
      lambda o: SCHEDULERS.SequentialLR(o, [SCHEDULERS.LinearLR(o, 0.01, 1.0, 100),
                                            SCHEDULERS.CosineAnnealingLR(o, 900)], [100])),
+    ({"name": "milestones", "milestones": (500,), "warmup": "constant", "warmup_steps": 400,
+      "warmup_start": 0.1},
+     lambda o: SCHEDULERS.SequentialLR(o, [SCHEDULERS.ConstantLR(o, 0.1, 10 ** 6),
+                                           SCHEDULERS.MultiStepLR(o, [100], 0.1)], [400])),
     ({"name": "linear", "final": 0.1}, lambda o: SCHEDULERS.LinearLR(o, 1.0, 0.1, STEPS)),
     ({"name": "one_cycle", "peak": 0.3, "warmup_start": 1 / 25, "final": 1 / 25e4},
      lambda o: SCHEDULERS.OneCycleLR(o, 0.8, total_steps=STEPS + 1 - 1, cycle_momentum=False)),
-], ids=["milestones", "constant", "cosine", "cosine-warmup", "linear", "one-cycle"])
+], ids=["milestones", "constant", "cosine", "cosine-warmup", "constant-warmup",
+        "linear", "one-cycle"])
 def test_schedules_are_torchs(values: dict[str, Any], make: Callable[..., Any]) -> None:
     if values["name"] == "one_cycle":  # torch refuses the step after the last
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.8)
