@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from resnet_dist import losses
+from resnet_dist import kernels, losses
 from resnet_dist.averaging import AveragedWeights
 from resnet_dist.checkpoint import EngineState
 from resnet_dist.config import Config
@@ -106,7 +106,9 @@ class Engine:
         Collective.
         """
         device = self.world.device
-        x = self.normalize(images.to(device, non_blocking=True))
+        # What is mixed is mixed in float32; what is not is rounded at once, not by autocast.
+        dtype = None if mix is not None else AUTOCAST_DTYPES.get(self.config.precision)
+        x = self.normalize(images.to(device, non_blocking=True), dtype or torch.float32)
         labels = labels.to(device, non_blocking=True)
         keys = None if sample_keys is None else sample_keys.to(device, non_blocking=True)
         x, targets = mix(x, labels) if mix is not None else (x, Targets(labels))
@@ -140,10 +142,12 @@ class Engine:
             sums = torch.stack((loss.detach(), top1, top5, torch.full_like(top1, len(targets))))
         return loss, sums
 
-    def normalize(self, images: Tensor) -> Tensor:
-        """uint8 [n, S, S, 3] on the device -> float32 [n, 3, S, S] in channels_last memory."""
-        x = images.permute(0, 3, 1, 2).to(torch.float32)
-        return x.mul_(self._scale).add_(self._shift)
+    def normalize(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """uint8 [n, S, S, 3] on the device -> [n, 3, S, S] in channels_last memory.
+
+        On GPUs with a fourth channel of zeros, which `PixelConv2d` knows to ignore.
+        """
+        return kernels.normalize(images, self._scale, self._shift, dtype)
 
     def autocast(self) -> torch.autocast:
         """Convolutions and matrix products in bf16 or fp16 where the precision says so."""

@@ -1,13 +1,22 @@
 """Fused NHWC operations. `reference` says what each means; the functions here choose who does it.
 
-This is the one dispatch point: models call `kernels.op(...)` and never a backend. An operation that
-gets a faster version for some device is given one more line in its function below.
+This is the one dispatch point: models call `kernels.op(...)` and never a backend. Triton on GPUs
+for float32 and 16-bit types; the library, compiled or not, elsewhere. `torch.compile` is always
+shown the plain formulation, which it fuses better than it sees through our own autograd.
+
+Triton is imported when a GPU asks for it: machines without one need not have it.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_dist.kernels import batch_norm, reference
+
+
+def _by_triton(x: Tensor) -> bool:
+    return (x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+            and not torch.compiler.is_compiling())
 
 
 def ghost_batch_norm(
@@ -36,9 +45,43 @@ def ghost_batch_norm(
             f"with bn_batch = {bn_batch}; use more images or larger ones"
         )
     if torch.compiler.is_compiling():
-        # The compiler fuses the plain formulation better than it sees through our own autograd.
         return reference.ghost_batch_norm(x, weight, bias, bn_batch, eps, residual, relu)
+    if _by_triton(x):
+        from resnet_dist.kernels.gpu import batch_norm as on_gpu
+
+        return on_gpu.ghost_batch_norm(x, weight, bias, bn_batch, eps, residual, relu)
     return batch_norm.ghost_batch_norm(x, weight, bias, bn_batch, eps, residual, relu)
 
 
-__all__ = ["ghost_batch_norm"]
+def max_pool(x: Tensor, size: int, stride: int, padding: int) -> Tensor:
+    """`reference.max_pool`, fast."""
+    if _by_triton(x):
+        from resnet_dist.kernels.gpu import max_pool
+
+        return max_pool.max_pool(x, size, stride, padding)
+    return F.max_pool2d(x, size, stride, padding)
+
+
+def average_pool(x: Tensor) -> Tensor:
+    """`reference.average_pool`, fast."""
+    if _by_triton(x):
+        from resnet_dist.kernels.gpu import average_pool
+
+        return average_pool.average_pool(x)
+    return x.mean((2, 3))
+
+
+def normalize(images: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
+    """uint8 [n, h, w, 3] -> (x * scale + shift) as `dtype` [n, 3 or 4, h, w], channels_last.
+
+    On a GPU a fourth channel of zeros comes with it (`reference.normalize`).
+    """
+    if images.is_cuda:
+        from resnet_dist.kernels.gpu import normalize
+
+        return normalize.normalize(images, scale, shift, dtype)
+    x = images.permute(0, 3, 1, 2).to(torch.float32)
+    return x.mul_(scale).add_(shift).to(dtype)
+
+
+__all__ = ["average_pool", "ghost_batch_norm", "max_pool", "normalize"]

@@ -5,6 +5,7 @@ differentiable by autograd alone. Nothing here is fast.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -46,3 +47,37 @@ def ghost_batch_norm(
     unbiased = var * (elements / (elements - 1))
     channels = x.shape[1]
     return y, mean.detach().view(-1, channels), unbiased.detach().view(-1, channels)
+
+
+def max_pool(x: Tensor, size: int, stride: int, padding: int) -> Tensor:
+    """The largest of every `size` x `size` window; its first place takes the gradient.
+
+    x: [n, c, h, w] -> [n, c, (h + 2 padding - size) // stride + 1, likewise].
+    """
+    return F.max_pool2d(x, size, stride, padding)
+
+
+def average_pool(x: Tensor) -> Tensor:
+    """The mean over pixels, summed in float32 at least: [n, c, h, w] -> [n, c], x's dtype."""
+    return x.mean((2, 3))
+
+
+def normalize(images: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype,
+              flip: Tensor | None = None, colour: Tensor | None = None) -> Tensor:
+    """(mirrored? images + colour?) * scale + shift, in float32, with a channel of zeros behind.
+
+    Args:
+        images: uint8 [n, h, w, 3].
+        scale, shift: float32, broadcastable to [n, 3, h, w].
+        flip: bool [n], the images to mirror from left to right.
+        colour: float32 [n, 3], added to every pixel, in grey levels.
+
+    Returns: `dtype` [n, 4, h, w] in channels_last memory.
+    """
+    x = images.permute(0, 3, 1, 2).to(scale.dtype)
+    if flip is not None:
+        x = torch.where(flip.view(-1, 1, 1, 1), x.flip(3), x)
+    if colour is not None:
+        x = x + colour[:, :, None, None]
+    x = F.pad(x * scale + shift, (0, 0, 0, 0, 0, 1))
+    return x.to(dtype).contiguous(memory_format=torch.channels_last)

@@ -7,6 +7,7 @@ pre-activation, and the ablations of 2016.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from resnet_dist import kernels
 from resnet_dist.models.experiments import GATE_BIAS, ActivationExperiment, ShortcutExperiment
 from resnet_dist.models.keyed import KeyedDropout
 from resnet_dist.models.layers import Stage, conv, norm_of
@@ -39,7 +40,7 @@ class CifarResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.bn1(self.conv1(x), relu=True)
         x = self.layer3(self.layer2(self.layer1(x)))
-        x = (F.relu(x) if self.final_relu else x).mean((2, 3))
+        x = kernels.average_pool(F.relu(x) if self.final_relu else x)
         return self.fc(x if self.dropout is None else self.dropout(x))
 
 

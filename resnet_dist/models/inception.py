@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from resnet_dist import kernels
 from resnet_dist.models.keyed import KeyedDropout
-from resnet_dist.models.layers import Norm, Stage, norm_of
+from resnet_dist.models.layers import MaxPool2d, Norm, PixelConv2d, Stage, norm_of
 from resnet_dist.models.options import ModelOptions
 
 BN_EPS = 1e-3  # of the released weights
@@ -28,8 +29,9 @@ class ConvNorm(nn.Module):
         super().__init__()
         sides = (kernel, kernel) if isinstance(kernel, int) else kernel
         padding = (sides[0] // 2, sides[1] // 2) if same else (0, 0)
-        self.conv = nn.Conv2d(in_channels, out_channels, sides, stride=stride, padding=padding,
-                              bias=False)
+        kind = PixelConv2d if in_channels == 3 else nn.Conv2d
+        self.conv = kind(in_channels, out_channels, sides, stride=stride, padding=padding,
+                         bias=False)
         self.bn = norm(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,8 +76,8 @@ class Builder:
         return nn.Sequential(pool, self.one(in_channels, (out_channels, 1)))
 
 
-def _maxpool() -> nn.MaxPool2d:
-    return nn.MaxPool2d(3, stride=2)
+def _maxpool() -> MaxPool2d:
+    return MaxPool2d(3, stride=2)
 
 
 class InceptionC(nn.Module):
@@ -145,7 +147,7 @@ class InceptionV4(nn.Module):
         self.last_linear = nn.Linear(1536, options.num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last_linear(self.dropout(self.features(x).mean((2, 3))))
+        return self.last_linear(self.dropout(kernels.average_pool(self.features(x))))
 
 
 class ResidualInception(nn.Module):
@@ -216,7 +218,7 @@ class InceptionResNetV2(nn.Module):
         x = self.repeat(self.mixed_5b(x))
         x = self.repeat_1(self.mixed_6a(x))
         x = self.block8(self.repeat_2(self.mixed_7a(x)))
-        return self.classif(self.dropout(self.conv2d_7b(x).mean((2, 3))))
+        return self.classif(self.dropout(kernels.average_pool(self.conv2d_7b(x))))
 
 
 def build_inception(name: str, options: ModelOptions) -> nn.Module:

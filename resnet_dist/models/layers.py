@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from resnet_dist import kernels
 from resnet_dist.models.norm import GhostBatchNorm2d, without_statistics
 from resnet_dist.models.options import ModelOptions
 
@@ -42,6 +43,32 @@ class BlurConv2d(nn.Conv2d):
         return super().forward(F.conv2d(x, blur.to(x.dtype), padding=1, groups=self.in_channels))
 
 
+class PixelConv2d(nn.Conv2d):
+    """The first convolution of a network; state dict as nn.Conv2d.
+
+    Images may come with channels of zeros behind their own (`kernels.normalize` pads to whole
+    vectors): the weights get as many zeros, and their gradient none of it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        extra = x.shape[1] - self.in_channels
+        if not extra:
+            return super().forward(x)
+        weight = F.pad(self.weight, (0, 0, 0, 0, 0, extra))
+        return self._conv_forward(x, weight, self.bias)
+
+
+class MaxPool2d(nn.MaxPool2d):
+    """nn.MaxPool2d by `kernels.max_pool`: square windows, no dilation, no indices."""
+
+    kernel_size: int
+    stride: int
+    padding: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.max_pool(x, self.kernel_size, self.stride, self.padding)
+
+
 def conv(
     in_channels: int,
     out_channels: int,
@@ -51,7 +78,9 @@ def conv(
     antialias: bool = False,
 ) -> nn.Conv2d:
     """A kernel x kernel convolution without bias that keeps the size at stride 1."""
-    kind = BlurConv2d if antialias and stride > 1 else nn.Conv2d
+    kind: type[nn.Conv2d] = PixelConv2d if in_channels == 3 else nn.Conv2d
+    if antialias and stride > 1:
+        kind = BlurConv2d
     return kind(in_channels, out_channels, kernel, stride=stride, padding=kernel // 2,
                 groups=groups, bias=False)
 

@@ -8,8 +8,9 @@ authors' code.
 
 from torch import Tensor, nn
 
+from resnet_dist import kernels
 from resnet_dist.models.keyed import KeyedDropout, StochasticDepth
-from resnet_dist.models.layers import Norm, PadShortcut, Stage, conv, norm_of
+from resnet_dist.models.layers import MaxPool2d, Norm, PadShortcut, Stage, conv, norm_of
 from resnet_dist.models.options import ModelOptions
 from resnet_dist.models.resnet import STAGES
 
@@ -62,7 +63,7 @@ class PreActResNet(nn.Module):
         norm, channels = norm_of(options), planes[0]
         self.conv1 = conv(3, channels, 7, 2) if imagenet else conv(3, channels, 3)
         self.bn1 = norm(channels)
-        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if imagenet else None
+        self.maxpool = MaxPool2d(3, stride=2, padding=1) if imagenet else None
         done, rate = 0, options.stochastic_depth or 0.0
         stages: list[Stage] = []
         for index, (count, width) in enumerate(zip(counts, planes, strict=True)):
@@ -83,7 +84,7 @@ class PreActResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.bn1(self.conv1(x), relu=True)
         x = x if self.maxpool is None else self.maxpool(x)
-        x = self.bn_last(self.layers(x), relu=True).mean((2, 3))
+        x = kernels.average_pool(self.bn_last(self.layers(x), relu=True))
         return self.fc(x if self.dropout is None else self.dropout(x))
 
 

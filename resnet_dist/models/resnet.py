@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from resnet_dist import kernels
 from resnet_dist.models.keyed import KeyedDropout, StochasticDepth
 from resnet_dist.models.layers import (
+    MaxPool2d,
     Norm,
     PadShortcut,
     SqueezeExcitation,
@@ -170,7 +172,7 @@ class ResNet(nn.Module):
         super().__init__()
         self.conv1 = _deep_stem(config.norm) if stem == "deep" else conv(3, 64, 7, 2)
         self.bn1 = config.norm(64)
-        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.maxpool = MaxPool2d(3, stride=2, padding=1)
         self.layer1, self.layer2, self.layer3, self.layer4 = make_stages(
             block, counts, (64, 128, 256, 512), 64, config,
             stochastic_depth=options.stochastic_depth or 0.0, checkpointing=options.checkpointing,
@@ -181,7 +183,7 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.bn1(self.conv1(x), relu=True))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        x = x.mean((2, 3))
+        x = kernels.average_pool(x)
         return self.fc(x if self.dropout is None else self.dropout(x))
 
 

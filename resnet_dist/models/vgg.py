@@ -6,7 +6,7 @@ State dicts have torchvision's names and shapes.
 from torch import Tensor, nn
 
 from resnet_dist.models.keyed import KeyedDropout
-from resnet_dist.models.layers import ReluLinear, Stage, norm_of
+from resnet_dist.models.layers import MaxPool2d, PixelConv2d, ReluLinear, Stage, norm_of
 from resnet_dist.models.options import ModelOptions
 
 PLANES = (64, 128, 256, 512, 512)
@@ -24,12 +24,13 @@ class VGG(nn.Module):
         layers: list[nn.Module] = []
         for count, planes in zip(counts, PLANES, strict=True):
             for _ in range(count):
-                layers.append(nn.Conv2d(channels, planes, 3, padding=1))
+                kind = PixelConv2d if channels == 3 else nn.Conv2d
+                layers.append(kind(channels, planes, 3, padding=1))
                 if batch_norm:
                     layers.append(norm(planes))
                 layers.append(nn.ReLU())  # not in place: a checkpointed segment may begin here
                 channels = planes
-            layers.append(nn.MaxPool2d(2))
+            layers.append(MaxPool2d(2))
         self.features = Stage(*layers, checkpointing=options.checkpointing)
         self.avgpool = nn.AdaptiveAvgPool2d(7)
         rate = DROPOUT if options.dropout is None else options.dropout

@@ -1,0 +1,1 @@
+"""Triton kernels, one file per fused operation; imported only where a GPU runs them."""
