@@ -71,6 +71,13 @@ class DeepSpeedEngine(Engine):
     def _update(self, lr: float) -> None:
         optim.set_lr(self.optimizer, lr)
         self._engine.step()
+        scaler = self._scaler
+        if self._zero and scaler is not None and self.optimizer.overflow:
+            # ZeRO skips a step that overflows on any rank, and leaves the scale as it is: every
+            # later step would overflow too.
+            saved = scaler.state_dict()
+            scaler.load_state_dict({**saved, "scale": saved["scale"] * saved["backoff_factor"],
+                                    "_growth_tracker": 0})
 
     # -- State, whole and by parameter name --------------------------------------------------------
 

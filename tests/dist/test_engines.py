@@ -39,13 +39,36 @@ def resumed_and_uninterrupted(root: Path, values: dict[str, Any]) -> tuple[str, 
 
 @pytest.mark.parametrize("values", [
     pytest.param(values, id=name, marks=[pytest.mark.slow] if name == "zero0" else [])
+    for values, name in zip(ENGINES, IDS, strict=True)] + [
+    pytest.param({**values, "precision": "fp16"}, id=f"{name} fp16", marks=pytest.mark.slow)
     for values, name in zip(ENGINES, IDS, strict=True)])
 def test_resume_equals_uninterrupted(values: dict[str, Any], tmp_path: Path) -> None:
-    values = {**values, "precision": "bf16", "micro_batch": 8, "optimizer": {"decay": "weights"},
+    values = {"precision": "bf16", **values, "micro_batch": 8, "optimizer": {"decay": "weights"},
               "ema": {"decay": 0.9}}
     results = run_ranks(resumed_and_uninterrupted, 2, tmp_path, values)
     for straight, resumed in results:
         assert straight == resumed == results[0][0]
+
+
+def loss_scale(values: dict[str, Any]) -> list[torch.Tensor]:
+    """Weights before and after a step that overflows, and the scale after it."""
+    world = join(make_config(1))
+    engine = build(make_config(world.size, batch_size=8, bn_batch=4, **values), world)
+    train(engine, 0, 1)
+    state = engine.state()
+    state.optimizer["scaler/scale"] = torch.tensor(2.0 ** 120)
+    engine.load(state)
+    train(engine, 1, 2)
+    after = engine.state()
+    return [state.model["conv1.weight"], after.model["conv1.weight"],
+            after.optimizer["scaler/scale"]]
+
+
+@pytest.mark.parametrize("values", [ENGINES[0], ENGINES[2]], ids=["ddp", "zero1"])
+def test_fp16_skips_an_overflow_on_every_rank_and_halves_the_scale(values: dict[str, Any]) -> None:
+    for before, after, scale in run_ranks(loss_scale, 2, {**values, "precision": "fp16"}):
+        assert torch.equal(before, after)
+        assert scale == 2.0 ** 119
 
 
 def step_without_a_launcher(values: dict[str, Any]) -> dict[str, float]:
