@@ -1,0 +1,99 @@
+"""The degradation experiment of He et al. 2015, sec. 4.2, on CIFAR-10, with the command alone.
+
+    python -m tests.proofs.degradation data/cifar10 runs/degradation docs/degradation.png
+
+Trains plain-20, plain-56, ResNet-20 and ResNet-56 for 8,000 iterations of 128 images (an eighth of
+the published schedule, milestones likewise) and draws their curves. Killed, the same command goes
+on. About 2.7 hours on 2 cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+from resnet_dist.metrics import read_lines
+from resnet_dist.paths import RunPaths
+
+RECIPES = Path(__file__).resolve().parents[2] / "configs" / "cifar10"
+PANELS = (("plain20", "plain56"), ("resnet20", "resnet56"))
+COLOURS = {"20": "tab:olive", "56": "tab:red"}
+
+
+def command(model: str, data: str, runs: Path, steps: int) -> list[str]:
+    return ["resnet-dist", "train", str(RECIPES / f"{model}.yaml"), f"data={data}",
+            f"runs={runs}", f"steps={steps}",
+            f"schedule.milestones=[{steps // 2},{steps * 3 // 4}]",
+            "eval.every_steps=500", "checkpoint.every_steps=500"]
+
+
+def smooth(values: list[float], window: int) -> list[float]:
+    return [sum(values[max(0, i - window + 1):i + 1]) / len(values[max(0, i - window + 1):i + 1])
+            for i in range(len(values))]
+
+
+def draw(runs: Path, prefix: str, picture: Path) -> dict[str, tuple[float, float]]:
+    """Draw training (thin) and test error (bold), as the paper's figure 6 does.
+
+    Returns: by model, the mean training error of the last 500 steps and the last test error, in
+    percent.
+    """
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.8), sharey=True)
+    last = {}
+    for axis, models in zip(axes, PANELS, strict=True):
+        for model in models:
+            path = RunPaths(runs / f"{prefix}{model}").metrics
+            train, val = read_lines(path, "train"), read_lines(path, "val")
+            colour = COLOURS[model[-2:]]
+            errors = [100 - line["top1"] for line in train]
+            axis.plot([line["step"] for line in train], smooth(errors, 10), color=colour,
+                      linewidth=0.8)
+            axis.plot([line["step"] for line in val], [100 - line["top1"] for line in val],
+                      color=colour, linewidth=2, label=model)
+            recent = [error for line, error in zip(train, errors, strict=True)
+                      if line["step"] > train[-1]["step"] - 500]
+            last[model] = (sum(recent) / len(recent), 100 - val[-1]["top1"])
+        axis.set_xlabel("iteration")
+        axis.set_ylim(5, 60)
+        axis.grid(alpha=0.3)
+        axis.legend(title="bold: test, thin: training")
+    axes[0].set_ylabel("error, %")
+    figure.tight_layout()
+    figure.savefig(picture, dpi=90)
+    return last
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data")
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("picture", type=Path)
+    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--prefix", default="", help="of the runs' names")
+    parser.add_argument("--draw", action="store_true", help="train nothing, draw what there is")
+    asked = parser.parse_args()
+    for model in () if asked.draw else [model for panel in PANELS for model in panel]:
+        done = subprocess.run([*command(model, asked.data, asked.runs, asked.steps),
+                               f"name={asked.prefix}{model}"])
+        if done.returncode:
+            return done.returncode
+    last = draw(asked.runs, asked.prefix, asked.picture)
+    for model, pair in last.items():
+        print(f"{model:10} training error {pair[0]:5.2f}%  test error {pair[1]:5.2f}%")
+    training, test = ({model: pair[i] for model, pair in last.items()} for i in (0, 1))
+    shown = (training["plain56"] > training["plain20"] and test["plain56"] > test["plain20"]
+             and training["resnet56"] < training["resnet20"]
+             and test["resnet56"] < test["resnet20"])
+    print("deeper is worse without shortcuts and better with them:", "yes" if shown else "NO")
+    return 0 if shown else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
