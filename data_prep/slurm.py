@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,20 +40,35 @@ def convert_slurm(source: str, dst: Path, config: ConvertConfig, progress: bool 
     Raises: ConfigError as `convert` does, or where there is no SLURM; ConvertError where the jobs
     ended without a data set.
     """
+    dst, before = Path(dst), _stamp(Path(dst))
+    submitted = submit_conversion(source, dst, config)
+    if submitted is None:
+        return load_manifest(dst)
+    plan, jobs = submitted
+    return _follow(plan, jobs[-1], before, progress) if wait else None
+
+
+def submit_conversion(source: str, dst: Path, config: ConvertConfig, *,
+                      setup: Sequence[str] = ()) -> tuple[Plan, list[Any]] | None:
+    """Queue a conversion: its plan and jobs, the finishing one last; None where all is done.
+
+    Args:
+        setup: shell lines for the nodes, before the jobs.
+
+    Raises: ConfigError.
+    """
     if shutil.which("sbatch") is None:
         raise ConfigError("--slurm: there is no sbatch here; convert on this machine without it")
-    dst = Path(dst)
     opened, done = opened_for(source, dst, config)
     if done is not None:
         log.info("%s: is complete already; nothing to do", dst)
-        return done
+        return None
     with only_one(dst):
         plan = prepare(opened, source, dst, config)
-    before = _stamp(dst)
-    jobs = _submit(plan, config)
+    jobs = _submit(plan, config, setup)
     log.info("%s: %d shards as SLURM jobs %s, finished by %s; logs in %s", dst,
              len(plan.shards()), jobs[0].job_id, jobs[-1].job_id, job_folder(dst))
-    return _follow(plan, jobs[-1], before, progress) if wait else None
+    return plan, jobs
 
 
 def job_folder(dst: Path) -> Path:
@@ -60,7 +76,7 @@ def job_folder(dst: Path) -> Path:
     return dst.resolve().parent / f".{dst.resolve().name}-convert-jobs"
 
 
-def _submit(plan: Plan, config: ConvertConfig) -> list[Any]:
+def _submit(plan: Plan, config: ConvertConfig, setup: Sequence[str]) -> list[Any]:
     import submitit
 
     folder = job_folder(plan.dst)
@@ -70,6 +86,8 @@ def _submit(plan: Plan, config: ConvertConfig) -> list[Any]:
     tasks = min(config.slurm_tasks, len(plan.shards()))
     memory = config.slurm_mem_gb or 0.75 * workers
     common: dict[str, Any] = {"timeout_min": config.slurm_minutes, "slurm_array_parallelism": tasks}
+    if setup:
+        common["slurm_setup"] = list(setup)
     if config.slurm_partition:
         common["slurm_partition"] = config.slurm_partition
     extra = {"account": config.slurm_account} if config.slurm_account else {}

@@ -15,6 +15,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from launcher import completion
+
 app = typer.Typer(
     name="resnet-dist", no_args_is_help=True, add_completion=True, rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -22,9 +24,13 @@ app = typer.Typer(
 console = Console()
 errors = Console(stderr=True)
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]",
-                                                      help="settings laid over the recipe")]
-Run = Annotated[str, typer.Argument(metavar="RUN", help="a run's name under --runs, or its path")]
+Recipe = Annotated[Path, typer.Argument(metavar="CONFIG", help="a recipe from configs/",
+                                        autocompletion=completion.recipes)]
+Overrides = Annotated[list[str] | None, typer.Argument(
+    metavar="[key=value ...]", help="settings laid over the recipe",
+    autocompletion=completion.settings)]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="a run's name under --runs, or its path",
+                                    autocompletion=completion.run_names)]
 Runs = Annotated[str, typer.Option("--runs", help="folder that holds the run directories")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON for a script")]
 
@@ -76,32 +82,58 @@ def verify(
 
 @app.command()
 def submit(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="a recipe from configs/")],
+    config: Recipe,
     options: Overrides = None,
     local: Annotated[bool, typer.Option("--local", help="run here even where SLURM is")] = False,
+    dry_run: Annotated[bool, typer.Option(
+        "--dry-run", help="show configuration, batch script and cost; queue nothing")] = False,
+    sweep: Annotated[list[str] | None, typer.Option(
+        "--sweep", metavar="KEY=VALUE,VALUE",
+        help="a run for each value, as a job array; repeatable: all combinations")] = None,
+    parallel: Annotated[int | None, typer.Option(
+        "--parallel", min=1, help="runs of the sweep at once")] = None,
+    convert: Annotated[str | None, typer.Option(
+        "--convert", metavar="SOURCE", help="make the data set first; options as convert.KEY")
+    ] = None,
+    evaluate: Annotated[list[str] | None, typer.Option(
+        "--eval", metavar="PROTOCOL", help="evaluate when it has finished; repeatable")] = None,
+    after: Annotated[list[str] | None, typer.Option(
+        "--after", metavar="RUN", help="start when this run, or job, has ended well")] = None,
     as_json: Json = False,
 ) -> None:
     """Check a recipe, freeze a run directory, and queue the job.
 
-    Example: `resnet-dist submit configs/cifar10/resnet20.yaml data=data/cifar10 launch.nodes=2`
-    """
-    from launcher.freeze import create_run
-    from launcher.submit import submit
-    from resnet_dist.config import load_config
+    Examples:
 
-    checked = load_config(config, options or [])
-    run = create_run(checked)
-    job = submit(checked, run, local=local)
+    `resnet-dist submit configs/cifar10/resnet20.yaml data=data/cifar10 launch.nodes=2`
+
+    `resnet-dist submit configs/imagenet/resnet50_he2015.yaml data=data/imagenet cluster=gpu
+    --dry-run`
+
+    `resnet-dist submit configs/cifar10/resnet20.yaml data=data/cifar10 --sweep seed=0,1,2,3`
+
+    `resnet-dist submit configs/digits/quickstart.yaml data=data/digits --convert digits
+    --eval 1crop`
+    """
+    from launcher import campaign, preflight
+
+    order = campaign.Order(
+        config, tuple(options or ()), local=local, sweep=tuple(sweep or ()), parallel=parallel,
+        convert=convert, evaluate=tuple(evaluate or ()), after=tuple(after or ()))
+    if dry_run:
+        preflight.show(console, campaign.plan_order(order), as_json=as_json)
+        return
+    submitted = campaign.submit_order(order)
     if as_json:
-        print(json.dumps({"run": str(run.root), "job": job}))
+        for each in submitted:  # one object a run
+            print(json.dumps(each.as_json()))
     else:
-        console.print(f"[green]submitted[/]  job {job}, run directory {run.root}\n"
-                      f"watch it:  resnet-dist status {run.name} --watch")
+        campaign.show(console, submitted)
 
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="a recipe from configs/")],
+    config: Recipe,
     options: Overrides = None,
 ) -> None:
     """Train in the foreground; also one rank of `torchrun --no-python resnet-dist train CONFIG`.
@@ -115,7 +147,9 @@ def train(
 
 @app.command()
 def status(
-    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="one run in detail")] = None,
+    run: Annotated[str | None, typer.Argument(
+        metavar="[RUN]", help="one run in detail",
+        autocompletion=completion.run_names)] = None,
     watch: Annotated[bool, typer.Option("--watch", help="refresh until it ends")] = False,
     runs: Runs = "runs",
     as_json: Json = False,

@@ -9,7 +9,6 @@ import signal
 import time
 from pathlib import Path
 
-from omegaconf import OmegaConf
 from rich.console import Console
 
 from launcher import scheduler
@@ -21,15 +20,15 @@ from resnet_dist.config import (
     Config,
     ConfigError,
     config_from_dict,
-    config_to_dict,
     load_frozen,
     parse_overrides,
+    with_overrides,
 )
 from resnet_dist.data.manifest import check_dataset
 from resnet_dist.paths import RunPaths
 
 _STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[.,]\d+")
-_MAY_CHANGE = ("launch", "checkpoint", "log", "eval", "data")
+_MAY_CHANGE = ("cluster", "launch", "checkpoint", "log", "eval", "data")
 
 
 def print_logs(console: Console, run: RunPaths, *, rank: int | None, follow: bool) -> None:
@@ -160,14 +159,10 @@ def _asked(run: RunPaths) -> RunStatus:
 def _changed(frozen: Config, overrides: list[str]) -> Config:
     """The frozen configuration with overrides. Raises: ConfigError on what must not change."""
     tree = parse_overrides(overrides)
-    if isinstance(tree.get("data"), str):
-        tree["data"] = {"path": tree["data"]}
     for key in tree:
         if key != "steps" and key not in _MAY_CHANGE:
             raise ConfigError(f"{key} = {tree[key]}: defines the training and cannot change when "
                               "it resumes; only steps, "
-                              + ", ".join(f"{section}.*" for section in _MAY_CHANGE)
+                              + ", ".join(f"{section}.*" for section in _MAY_CHANGE[1:])
                               + " can. Start another run with name=OTHER")
-    merged = OmegaConf.to_container(OmegaConf.merge(config_to_dict(frozen), tree))
-    assert isinstance(merged, dict)
-    return config_from_dict({str(key): value for key, value in merged.items()})
+    return config_from_dict(with_overrides(frozen, overrides))

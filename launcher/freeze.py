@@ -30,18 +30,21 @@ from resnet_dist.rules import NAME_PATTERN
 _PACKAGES = ("resnet-dist", "torch", "deepspeed", "ffcv", "submitit", "numpy", "numba")
 
 
-def create_run(config: Config) -> RunPaths:
-    """Make and fill the run directory. Raises: ConfigError where the name is taken."""
-    manifest = check_dataset(config)
-    if config.init_from is not None and not os.path.isfile(config.init_from):
-        raise ConfigError(f"init_from = {config.init_from}: no such file")
+def create_run(config: Config, *, origin: dict[str, Any] | None = None,
+               dataset_follows: bool = False) -> RunPaths:
+    """Make and fill the run directory. Raises: ConfigError where the name is taken.
+
+    Args:
+        origin: what else provenance.json should tell, e.g. the sweep that the run belongs to.
+        dataset_follows: a conversion that is queued before the run makes the data set; the job
+            then looks at it and completes provenance.json.
+    """
+    manifest = None if dataset_follows else check_dataset(config)
+    refuse_taken(config)
     config = anchored(config)
     run = RunPaths(Path(config.runs) / str(config.name))
     try:
         run.root.mkdir(parents=True, mode=0o700)
-    except FileExistsError:
-        raise ConfigError(f"name = {config.name}: {run.root} exists; `resnet-dist resume "
-                          f"{config.name}` continues it, name=OTHER starts another") from None
     except OSError as error:
         raise ConfigError(f"runs = {config.runs}: cannot be written ({error.strerror}); "
                           "name another folder with runs=DIR") from None
@@ -49,12 +52,33 @@ def create_run(config: Config) -> RunPaths:
         for folder in (run.checkpoints, run.logs, run.heartbeats, run.tensorboard):
             folder.mkdir()
         _write(run.config, dump_config(config))
-        told = provenance(manifest) | {"code": {"sha256": freeze_code(run)}}
+        told = provenance(manifest) | {"code": {"sha256": freeze_code(run)}, **(origin or {})}
         write_provenance(run, told)
     except BaseException:
         shutil.rmtree(run.root)
         raise
     return run
+
+
+def refuse_taken(config: Config) -> None:
+    """Raises: ConfigError where the run's name is taken, or what it starts from is not there."""
+    if config.init_from is not None and not os.path.isfile(config.init_from):
+        raise ConfigError(f"init_from = {config.init_from}: no such file; name a .safetensors or "
+                          ".pth file")
+    root = Path(os.path.abspath(config.runs)) / str(config.name)
+    if root.exists():
+        raise ConfigError(f"name = {config.name}: {root} exists; `resnet-dist resume "
+                          f"{config.name}` continues it, name=OTHER starts another")
+
+
+def complete_provenance(run: RunPaths, config: Config) -> None:
+    """Record the data set of a run that was submitted before there was one.
+
+    Raises: ConfigError where it does not fit the configuration.
+    """
+    told = read_provenance(run)
+    if told["dataset"] is None:
+        write_provenance(run, told | {"dataset": _dataset(check_dataset(config))})
 
 
 def anchored(config: Config) -> Config:
@@ -79,7 +103,8 @@ def differences(before: Config, after: Config) -> list[str]:
         return leaves
 
     old, new = flat(config_to_dict(before)), flat(config_to_dict(after))
-    return [f"{key}: {old[key]} -> {new[key]}" for key in old if old[key] != new[key]]
+    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in {**old, **new}
+            if old.get(key) != new.get(key)]
 
 
 def rewrite_config(run: RunPaths, config: Config) -> None:
@@ -98,8 +123,8 @@ def _known_or_set(new: dict[str, Any], old: dict[str, Any],
     kept = {}
     for key, value in new.items():
         if isinstance(value, dict) and isinstance(old.get(key), dict):
-            kept[key] = _known_or_set(value, old[key], default[key])
-        elif key in old or value != default[key]:
+            kept[key] = _known_or_set(value, old[key], default.get(key, {}))
+        elif key in old or key not in default or value != default[key]:
             kept[key] = value
     return kept
 
@@ -135,8 +160,8 @@ def find_run(name: str, runs: str = "runs") -> RunPaths:
     return run
 
 
-def provenance(manifest: Manifest) -> dict[str, Any]:
-    """Who started what, with which code, on which data."""
+def provenance(manifest: Manifest | None) -> dict[str, Any]:
+    """Who started what, with which code, on which data (None: that does not exist yet)."""
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "user": getpass.getuser(),
@@ -145,8 +170,12 @@ def provenance(manifest: Manifest) -> dict[str, Any]:
         "commit": _git_commit(),
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
-        "dataset": {"name": manifest.name, "sha256": manifest_fingerprint(manifest)},
+        "dataset": _dataset(manifest) if manifest else None,
     }
+
+
+def _dataset(manifest: Manifest) -> dict[str, str]:
+    return {"name": manifest.name, "sha256": manifest_fingerprint(manifest)}
 
 
 def _git_commit() -> str | None:

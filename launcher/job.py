@@ -11,12 +11,14 @@ import stat
 import sys
 from pathlib import Path
 
+from launcher.events import record
+from launcher.freeze import complete_provenance
 from launcher.incarnation import Place, log_to_stderr
 from launcher.scheduler import node_names
 from launcher.source import SOURCE_ROOT, runs_the_copy
 from launcher.supervisor import supervise
 from launcher.workers import train_command
-from resnet_dist.config import load_frozen
+from resnet_dist.config import Config, ConfigError, load_frozen
 from resnet_dist.paths import RunPaths
 
 REQUEUE_CODE = 77  # where SLURM has RequeueExit=77
@@ -43,10 +45,13 @@ class TrainJob:
         refuse_foreign(run)
         refuse_other_code(run)
         place = here()
+        config = load_frozen(run.config)
+        if place.node == 0 and run.provenance.exists():
+            _look_at_dataset(run, config)
         log_to_stderr(place.node)
         if place.where == "local":
             _restore_gpus()
-        outcome = supervise(run, load_frozen(run.config), place, self.command(run))
+        outcome = supervise(run, config, place, self.command(run))
         if outcome.kind == "failed":
             raise RunFailed(outcome.cause)
         if outcome.kind == "requeue":
@@ -62,7 +67,9 @@ def here() -> Place:
     """This task's place, from the environment that SLURM or submitit's local executor made."""
     environment = os.environ
     if environment.get("SUBMITIT_EXECUTOR") == "slurm":
-        return Place("slurm", job=environment["SLURM_JOB_ID"],
+        array = environment.get("SLURM_ARRAY_JOB_ID")
+        task = f"{array}_{environment['SLURM_ARRAY_TASK_ID']}" if array else ""
+        return Place("slurm", job=task or environment["SLURM_JOB_ID"],
                      restart=int(environment.get("SLURM_RESTART_COUNT", 0)),
                      node=int(environment["SLURM_NODEID"]),
                      names=tuple(node_names(environment["SLURM_JOB_NODELIST"])))
@@ -84,6 +91,16 @@ def refuse_other_code(run: RunPaths) -> None:
     if run.code.is_dir() and not runs_the_copy(run):
         raise RunFailed(f"{run.code}: holds the run's code, but the job runs {SOURCE_ROOT}; does "
                         "launch.setup change PYTHONPATH?")
+
+
+def _look_at_dataset(run: RunPaths, config: Config) -> None:
+    """Record the data set that a conversion before this job has made. Raises: RunFailed."""
+    try:
+        complete_provenance(run, config)
+    except ConfigError as error:
+        cause = " ".join(str(error).split())
+        record(run, "failed", cause=cause, step=0)
+        raise RunFailed(cause) from None
 
 
 def _restore_gpus() -> None:

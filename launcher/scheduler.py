@@ -21,7 +21,7 @@ def have_slurm() -> bool:
 
 def slurm_answers() -> bool:
     """Whether there is a cluster to submit to: programs alone may be installed without one."""
-    return have_slurm() and _ask(["scontrol", "ping"], 5) is not None
+    return have_slurm() and ask(["scontrol", "ping"], 5) is not None
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class JobFacts:
 
 def job_facts(job: str) -> JobFacts | None:
     """None where SLURM does not answer."""
-    text = _ask(["scontrol", "show", "job", "--oneliner", job], 5)
+    text = ask(["scontrol", "show", "job", "--oneliner", job], 5)
     if text is None:
         return None
     values = dict(re.findall(r"(\w+)=(\S*)", text))
@@ -47,7 +47,7 @@ def requeue(job: str, patience_s: float) -> bool:
     """Put the job, which is ours and runs, back into the queue; False when SLURM did not obey."""
     deadline, pause = time.monotonic() + patience_s, 0.5
     while True:
-        if _ask(["scontrol", "requeue", job], 10) is not None:
+        if ask(["scontrol", "requeue", job], 10) is not None:
             return True
         if time.monotonic() + pause > deadline:
             return False
@@ -81,8 +81,9 @@ def queue_states(jobs: Iterable[str], timeout_s: float = 5) -> dict[str, Queued]
     wanted = set(jobs)
     if not wanted or not have_slurm():
         return {} if not wanted else None
-    text = _ask(["squeue", "--noheader", "--states=all", "--user", getpass.getuser(),
-                 "--format=%A|%T|%r|%N"], timeout_s)
+    # --array and %i: a task of an array has a line and a name (12_3) of its own.
+    text = ask(["squeue", "--noheader", "--array", "--states=all", "--user", getpass.getuser(),
+                "--format=%i|%T|%r|%N"], timeout_s)
     if text is None:
         return None
     found = {}
@@ -91,8 +92,8 @@ def queue_states(jobs: Iterable[str], timeout_s: float = 5) -> dict[str, Queued]
         if job in wanted:
             found[job] = Queued(state, reason, nodes)
     if rest := wanted - set(found):
-        text = _ask(["sacct", "--noheader", "--allocations", "--parsable2", "--format",
-                     "JobID,State,NodeList", "--jobs", ",".join(sorted(rest))], timeout_s) or ""
+        text = ask(["sacct", "--noheader", "--allocations", "--parsable2", "--format",
+                    "JobID,State,NodeList", "--jobs", ",".join(sorted(rest))], timeout_s) or ""
         for line in text.splitlines():
             job, state, nodes = [*line.split("|"), "", ""][:3]
             found[job] = Queued(state.split()[0] if state else "", "", nodes)
@@ -107,7 +108,7 @@ def node_names(node_list: str) -> list[str]:
     return names
 
 
-def _ask(command: list[str], timeout_s: float) -> str | None:
+def ask(command: list[str], timeout_s: float) -> str | None:
     """Standard output, or None where the command fails or takes too long."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s,

@@ -11,9 +11,10 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console, Group
@@ -55,6 +56,8 @@ class RunStatus:
     restarts: int = 0
     redone_steps: int = 0
     worker_pids: tuple[int, ...] = ()  # of the current attempt on the leading node, by rank
+    after: tuple[str, ...] = ()  # jobs that must end well before this run starts
+    evaluations: dict[str, str] = dataclasses.field(default_factory=dict)  # open: job -> protocol
     events: tuple[Event, ...] = dataclasses.field(default=(), repr=False)
 
     @property
@@ -95,6 +98,8 @@ def run_status(run: RunPaths) -> RunStatus:
         if checkpoint else None,
         restarts=max(0, len(attempts) - submissions), redone_steps=redone_steps(events),
         worker_pids=tuple(attempts[-1]["pids"]) if state == "running" and attempts else (),
+        after=tuple(facts.get("after", ())) if state == "pending" else (),
+        evaluations=_open_evaluations(events),
         events=tuple(events))
 
 
@@ -117,11 +122,24 @@ def _state(events: Sequence[Event], now: float) -> tuple[str, str]:
             state, cause = "requeued", event["why"]
         elif kind in LAST_WORDS:
             state, cause = kind, event.get("cause", "")
+        elif kind == "unevaluated":
+            cause = f"evaluation {event['protocol']}: {event['why']}"
     if state == "running" and supervisor and supervisor.alive() is False and where != "slurm":
         return "failed", "the supervisor is gone without a word (killed?); `resume` continues"
     if state == "pending" and where == "local" and now - since > _SILENT_START_S:
         return "failed", "the job never started; see submitit/local.log in the run directory"
     return state, cause
+
+
+def _open_evaluations(events: Sequence[Event]) -> dict[str, str]:
+    """Evaluations that were queued and have not told how they ended: job -> protocol."""
+    found: dict[str, str] = {}
+    for event in events:
+        if event["event"] == "evaluation queued":
+            found[event["eval_job"]] = event["protocol"]
+        elif event["event"] in ("evaluated", "unevaluated"):
+            found = {job: each for job, each in found.items() if each != event["protocol"]}
+    return found
 
 
 def _last_metrics(run: RunPaths) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -157,24 +175,37 @@ def _scan(text: bytes, found: dict[str, dict[str, Any]]) -> None:
 def statuses(runs: Sequence[RunPaths]) -> tuple[list[RunStatus], str]:
     """All runs, newest event first, and a note where SLURM should have been asked in vain."""
     found = [run_status(run) for run in runs]
-    open_jobs = {status.job for status in found
-                 if status.where == "slurm" and not status.over and status.job}
-    queue = queue_states(open_jobs)
+    asked = {job for status in found if status.where == "slurm" for job in
+             ((*status.after, status.job) if not status.over else tuple(status.evaluations)) if job}
+    queue = queue_states(asked)
     note = "" if queue is not None else "SLURM does not answer; this is what the files say"
     if queue:
-        found = [with_queue(status, queue[status.job])
-                 if status.where == "slurm" and not status.over and status.job in queue else status
-                 for status in found]
+        found = [with_queue(status, queue.get(status.job), queue)
+                 if status.where == "slurm" else status for status in found]
     found.sort(key=lambda status: status.events[-1]["time"] if status.events else 0, reverse=True)
     return found, note
 
 
-def with_queue(status: RunStatus, queued: Queued) -> RunStatus:
-    """Correct what the files say by what SLURM says."""
+def with_queue(status: RunStatus, queued: Queued | None,
+               others: Mapping[str, Queued] = MappingProxyType({})) -> RunStatus:
+    """Correct what the files say by what SLURM says.
+
+    Args:
+        others: jobs before the run and behind it.
+    """
+    if status.over:
+        return _with_evaluations(status, others)
+    if queued is None:
+        return status
     state, cause, began = queued.state, status.cause, status.state != "pending"
+    if lost := _lost_before(status, others):
+        return dataclasses.replace(status, state="failed", cause=lost)
     if state in ("PENDING", "REQUEUED", "SUSPENDED"):
+        reason = queued.reason
+        if reason == "Dependency" and status.after:
+            reason = "waits for job " + ", ".join(status.after)
         return dataclasses.replace(status, state="requeued" if began else "pending",
-                                   cause=queued.reason, worker_pids=())
+                                   cause=reason, worker_pids=())
     if state in ("RUNNING", "CONFIGURING") and status.state in ("pending", "requeued"):
         return dataclasses.replace(status, state="running", cause="starting")
     if state.startswith("CANCELLED"):
@@ -182,8 +213,36 @@ def with_queue(status: RunStatus, queued: Queued) -> RunStatus:
                                    worker_pids=())
     if state in _FAILED_STATES:
         return dataclasses.replace(status, state="failed", worker_pids=(),
-                                   cause=cause or f"SLURM: {state}; see submitit/*.err")
+                                   cause=cause or f"SLURM: {state}; see {_logs(status)}/*.err")
     return status
+
+
+def _lost_before(status: RunStatus, others: Mapping[str, Queued]) -> str:
+    """Why a run that waits for other jobs can never start, or ""."""
+    for job in status.after:
+        state = others[job].state if job in others else ""
+        if state.startswith("CANCELLED") or (state in _FAILED_STATES and state != "COMPLETED"):
+            return f"job {job}, which it waited for, ended as {state}"
+    return ""
+
+
+def _with_evaluations(status: RunStatus, others: Mapping[str, Queued]) -> RunStatus:
+    """A run that is over, and what became of evaluations that did not tell themselves."""
+    for job, protocol in status.evaluations.items():
+        state = others[job].state if job in others else ""
+        if state.startswith("CANCELLED") or state in _FAILED_STATES:
+            return dataclasses.replace(
+                status, cause=status.cause or f"evaluation {protocol}: job {job} ended as {state}")
+        if state:
+            return dataclasses.replace(
+                status, cause=status.cause or f"evaluation {protocol}: job {job} {state.lower()}")
+    return status
+
+
+def _logs(status: RunStatus) -> str:
+    """Where SLURM's own log of the run's job is."""
+    return next((event["logs"] for event in reversed(status.events) if "logs" in event),
+                "submitit")
 
 
 def show_status(console: Console, run: str | None, runs: Path, *, watch: bool,
@@ -237,8 +296,8 @@ _COLOURS = {"running": "green", "finished": "bold green", "failed": "bold red", 
 
 def _table(found: list[RunStatus], width: int) -> Table:
     """Columns by importance: those at the end of the list go first where the terminal is narrow."""
-    wanted = ["run", "state", "step", "top-1", "restarts", "images/s", "ETA", "loss", "checkpoint",
-              "ranks", "job"]
+    wanted = ["run", "state", "step", "top-1", "restarts", "images/s", "ETA", "loss", "nodes",
+              "checkpoint", "job"]
     rows = [_row(status) for status in found]
     while len(wanted) > 4 and sum(
             3 + max(len(name), *(len(row[name]) for row in rows)) for name in wanted) >= width:
@@ -257,9 +316,10 @@ def _row(status: RunStatus) -> dict[str, str]:
     checkpoint = "-"
     if status.checkpoint_step is not None and status.checkpoint_age_s is not None:
         checkpoint = f"{status.checkpoint_step:,}, {duration(status.checkpoint_age_s)} ago"
-    ranks = f"{status.nodes} x {status.ranks // status.nodes}" if status.ranks and status.nodes \
-        else "-"
-    return {"run": status.name, "state": status.state, "job": status.job or "-", "ranks": ranks,
+    nodes = str(status.nodes or "-")
+    if status.ranks and status.nodes:
+        nodes += f" x {status.ranks // status.nodes}"  # ranks on each
+    return {"run": status.name, "state": status.state, "job": status.job or "-", "nodes": nodes,
             "step": f"{status.step:,} / {status.steps:,}", "loss": _number(status.loss, ".3f"),
             "top-1": _number(status.top1, ".2f"), "images/s": _number(status.images_per_s, ",.0f"),
             "ETA": "-" if status.eta_s is None else duration(status.eta_s),

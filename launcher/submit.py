@@ -11,39 +11,56 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from launcher.events import record
 from launcher.job import USERS_GPUS, TrainJob
+from launcher.sbatch import executor
 from launcher.scheduler import have_slurm
-from launcher.source import frozen_environment, frozen_exports, quoted
+from launcher.source import frozen_environment, quoted
 from resnet_dist.config import Config, ConfigError
 from resnet_dist.paths import RunPaths
 
 NO_LIMIT_MIN = 10 * 365 * 24 * 60  # submitit's local default would end a job after two minutes
 
 
-def submit(config: Config, run: RunPaths, *, local: bool = False) -> str:
-    """Queue the run; the job's id. Raises: ConfigError where it cannot be queued as configured."""
+def submit(config: Config, run: RunPaths, *, local: bool = False,
+           after: Sequence[str] = ()) -> str:
+    """Queue the run; the job's id. Raises: ConfigError where it cannot be queued as configured.
+
+    Args:
+        after: jobs that must end well before this one starts.
+    """
     local = local or not have_slurm()
-    launch = config.launch
-    if local and launch.nodes != 1:
-        why = "--local runs on this machine" if have_slurm() else "there is no sbatch here"
-        raise ConfigError(f"launch.nodes = {launch.nodes}: {why}; set launch.nodes=1")
-    prepare(run)
-    run.stop_request.unlink(missing_ok=True)
-    where = "local" if local else "slurm"
-    record(run, "submitted", where=where, nodes=launch.nodes, ranks_per_node=launch.ranks_per_node,
-           steps=config.steps, batch_size=config.batch_size)
+    if problems := one_machine_problems(config) if local else []:
+        raise ConfigError("\n".join(problems))
+    announce(config, run, where="local" if local else "slurm", after=after)
     try:
-        job = _start_detached(run) if local else queue(config, run, TrainJob(str(run.root)))
+        job = _start_detached(run) if local else queue(config, run, TrainJob(str(run.root)), after)
     except Exception as error:
         record(run, "failed", cause=f"not submitted: {' '.join(str(error).split())[:300]}", step=0)
         raise
     record(run, "queued", job=job)
     return job
+
+
+def announce(config: Config, run: RunPaths, *, where: str, after: Sequence[str] = ()) -> None:
+    """Make the run ready for a job, and say so in its events."""
+    prepare(run)
+    run.stop_request.unlink(missing_ok=True)
+    launch = config.launch
+    record(run, "submitted", where=where, nodes=launch.nodes, ranks_per_node=launch.ranks_per_node,
+           steps=config.steps, batch_size=config.batch_size, after=list(after))
+
+
+def one_machine_problems(config: Config) -> list[str]:
+    """Why a job cannot run on this machine alone."""
+    if config.launch.nodes == 1:
+        return []
+    why = "--local runs on this machine" if have_slurm() else "there is no sbatch here"
+    return [f"launch.nodes = {config.launch.nodes}: {why}; set launch.nodes=1"]
 
 
 def prepare(run: RunPaths) -> None:
@@ -58,50 +75,25 @@ def prepare(run: RunPaths) -> None:
         file.write(secrets.token_hex(32))
 
 
-def sbatch_parameters(config: Config, exports: Sequence[str] = ()) -> dict[str, Any]:
-    """What submitit's SLURM executor is told.
-
-    Args:
-        exports: lines that lead to the code which the job runs.
-    """
-    launch, ranks = config.launch, config.launch.ranks_per_node
-    gpus = launch.gpus_per_rank
-    if gpus is None:
-        gpus = 1 if config.device == "cuda" else 0
-    srun = ["--cpu-bind=none", "--kill-on-bad-exit=0"]
-    extra: dict[str, Any] = {"requeue": True, "open-mode": "append"}
-    if launch.cpus_per_rank is None:
-        extra["exclusive"] = True  # all cores of the nodes, as the field's default promises
-    else:
-        # srun does not take the number over from sbatch since SLURM 22.05.
-        srun.append(f"--cpus-per-task={ranks * launch.cpus_per_rank}")
-    parameters = {
-        "name": config.name, "nodes": launch.nodes, "tasks_per_node": 1,
-        "timeout_min": launch.time_minutes, "mem_gb": launch.mem_gb,
-        "cpus_per_task": ranks * launch.cpus_per_rank if launch.cpus_per_rank else None,
-        "gpus_per_node": ranks * gpus or None,
-        "slurm_partition": launch.partition, "slurm_account": launch.account,
-        "slurm_qos": launch.qos, "slurm_constraint": launch.constraint,
-        "slurm_signal_delay_s": launch.grace_s, "slurm_srun_args": srun,
-        # The batch shell must outlive the signals that end the job: while it waits for srun, the
-        # supervisors save.
-        "slurm_setup": ["trap '' TERM USR1 USR2", *launch.setup, *exports],
-        "slurm_additional_parameters": extra,
-    }
-    return {key: value for key, value in parameters.items() if value is not None}
-
-
-def queue(config: Config, run: RunPaths, train_job: TrainJob) -> str:
+def queue(config: Config, run: RunPaths, job: TrainJob, after: Sequence[str] = ()) -> str:
     """Hand the job to SLURM; its id. Raises: ConfigError where SLURM refuses it."""
-    import submitit
+    slurm = executor(config, run.submitit, run.root, code=quoted(run) if run.code.is_dir() else "",
+                     after=after)
+    with handed_to_slurm():
+        return str(slurm.submit(job).job_id)
+
+
+@contextmanager
+def handed_to_slurm() -> Iterator[None]:
+    """What is submitted inside has private pickles and logs, and a refusal is the user's message.
+
+    Raises: ConfigError.
+    """
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    executor = submitit.AutoExecutor(folder=run.submitit, cluster="slurm")
-    exports = frozen_exports(quoted(run)) if run.code.is_dir() else []
-    executor.update_parameters(**sbatch_parameters(config, exports))
-    before = os.umask(0o077)  # pickles and logs are the owner's
+    before = os.umask(0o077)
     try:
-        return str(executor.submit(train_job).job_id)
+        yield
     except (FailedJobError, FailedSubmissionError, OSError, subprocess.SubprocessError) as error:
         lines = [line.strip() for line in str(error).splitlines() if "sbatch" in line.lower()]
         reason = lines[-1] if lines else " ".join(str(error).split())[:300]

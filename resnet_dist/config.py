@@ -25,6 +25,7 @@ Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Word = Annotated[str, Field(pattern=r"^\S+$")]
 
 
 class Section:
@@ -189,14 +190,30 @@ class LaunchConfig(Section):
     ranks_per_node: Count = 1
     cpus_per_rank: Count | None = None  # None: the machine's cores divided by its ranks
     gpus_per_rank: Natural | None = None  # None: 1 where `device` is cuda, else 0
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
+    # A cluster profile, slurm/NAME.yaml or a path; `cluster=NAME` for short. What it says holds
+    # where neither the recipe nor the command line says anything.
+    cluster: Word | None = None
+    partition: Word | None = None
+    account: Word | None = None
+    qos: Word | None = None
+    constraint: Word | None = None
+    # How the cluster wants to be asked for GPUs: --gpus-per-node=N, --gres=gpu:N (with `gpu_type`
+    # --gres=gpu:TYPE:N), or not at all, because whole nodes come with theirs.
+    gpu_request: Literal["gpus-per-node", "gres", "none"] = "gpus-per-node"
+    gpu_type: Word | None = None
     mem_gb: Positive | None = None
     time_minutes: Count = 24 * 60
     grace_s: Count = 60  # SIGUSR2 arrives this long before the time limit
-    setup: tuple[str, ...] = ()  # shell lines run on the node before the job
+    # Further options of sbatch that have no key here, e.g. {reservation: friday, exclude: n7}.
+    options: dict[str, str | int] = field(default_factory=dict)
+    # On the node, before the job: modules are loaded, variables set, shell lines run.
+    modules: tuple[Word, ...] = ()
+    environment: dict[str, str | int | float] = field(default_factory=dict)
+    setup: tuple[str, ...] = ()
+    container: Word | None = None  # image in which the job runs
+    container_runtime: Literal["apptainer", "pyxis"] = "apptainer"
+    container_options: tuple[Word, ...] = ()  # e.g. --bind=/data, --container-mounts=/data
+    container_python: Word = "python3"  # that has the packages, inside the image
     max_restarts: Natural = 3  # restarts without progress before a job gives up
     hang_s: Positive = 600.0  # a rank without a step for so long is ended and restarted
 
@@ -269,7 +286,10 @@ def load_config(recipe: Path | str, overrides: list[str] | tuple[str, ...] = ())
     values = OmegaConf.to_container(loaded, resolve=False) or {}
     if not isinstance(values, dict):
         raise ConfigError(f"CONFIG = {recipe}: expected `key: value` lines at the top level")
-    merged = OmegaConf.merge(_expand(values), _expand(parse_overrides(overrides)))
+    layers = [_expand(values), _expand(parse_overrides(overrides))]
+    if profile := _profile(layers):
+        layers.insert(0, profile)
+    merged = OmegaConf.merge(*layers)
     tree = OmegaConf.to_container(merged, resolve=False)
     assert isinstance(tree, dict)
     tree.setdefault("name", re.sub(r"[^A-Za-z0-9_-]", "_", recipe.stem))
@@ -330,10 +350,37 @@ def validate(config: Config) -> None:
 
 
 def _expand(tree: dict[str, Any]) -> dict[str, Any]:
-    """Turn `data: PATH` into `data: {path: PATH}`, for every section with a leading field."""
-    return {key: {LEADING_FIELD[key]: value}
+    """Turn `data: PATH` into `data: {path: PATH}`, for every section with a leading field, and
+    `cluster: NAME` into `launch: {cluster: NAME}`."""
+    full = {key: {LEADING_FIELD[key]: value}
             if key in LEADING_FIELD and isinstance(value, str) else value
             for key, value in tree.items()}
+    if "cluster" in full and isinstance(full.get("launch", {}), dict):
+        full["launch"] = {**full.get("launch", {}), "cluster": full.pop("cluster")}
+    return full
+
+
+def _profile(layers: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the cluster that the last layer names has to say; {} where none is named."""
+    launches = [layer["launch"] for layer in layers if isinstance(layer.get("launch"), dict)]
+    named = [launch["cluster"] for launch in launches if "cluster" in launch]
+    if not named or named[-1] is None:
+        return {}
+    from resnet_dist.clusters import load_profile
+
+    return load_profile(named[-1])
+
+
+def with_overrides(config: Config, overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
+    """A resolved tree with `key=value` laid over it; a newly named cluster counts as said now.
+
+    Not checked yet: `config_from_dict` does.
+    """
+    said = _expand(parse_overrides(overrides))
+    merged = OmegaConf.merge(config_to_dict(config), _profile([said]), said)
+    tree = OmegaConf.to_container(merged, resolve=False)
+    assert isinstance(tree, dict)
+    return {str(key): value for key, value in tree.items()}
 
 
 def explain(error: ValidationError, root: type) -> str:

@@ -14,7 +14,7 @@ from resnet_dist.models.names import MODELS, model_names
 from resnet_dist.models.options import ModelOptions, check_options
 
 if TYPE_CHECKING:
-    from resnet_dist.config import Config, ModelConfig
+    from resnet_dist.config import Config, LaunchConfig, ModelConfig
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 
@@ -92,9 +92,42 @@ def broken_rules(config: Config) -> list[str]:
     if config.schedule.warmup_steps >= config.steps:
         refuse("schedule.warmup_steps", config.schedule.warmup_steps,
                f"must be below steps = {config.steps}")
+    problems += launch_problems(config.launch)
     if config.launch.grace_s >= config.launch.time_minutes * 60:
         refuse("launch.grace_s", config.launch.grace_s,
                f"must be below the time limit of {config.launch.time_minutes} minutes")
+    return problems
+
+
+# Options of sbatch that the launcher sets itself -> the key that decides.
+OWN_OPTIONS = {
+    "nodes": "launch.nodes", "ntasks": "launch.ranks_per_node", "time": "launch.time_minutes",
+    "ntasks-per-node": "launch.ranks_per_node", "cpus-per-task": "launch.cpus_per_rank",
+    "exclusive": "launch.cpus_per_rank=null", "partition": "launch.partition",
+    "account": "launch.account", "qos": "launch.qos", "constraint": "launch.constraint",
+    "mem": "launch.mem_gb", "signal": "launch.grace_s", "gpus-per-node": "launch.gpus_per_rank",
+    "gres": "launch.gpu_request=gres", "job-name": "name", "requeue": "nothing: it always is set",
+    "open-mode": "nothing: logs are appended to", "output": "nothing: logs are in the run",
+    "error": "nothing: logs are in the run", "array": "--sweep", "dependency": "--after",
+}
+
+
+def launch_problems(launch: LaunchConfig) -> list[str]:
+    """What is wrong with what SLURM and the shell are told."""
+    problems = []
+    for key, value in launch.options.items():
+        if not re.fullmatch(r"[a-z][a-z-]*", key) or "\n" in str(value):
+            problems.append(f"launch.options.{key} = {value}: write sbatch's long option without "
+                            "dashes in front, e.g. launch.options.reservation=friday")
+        elif key in OWN_OPTIONS:
+            problems.append(f"launch.options.{key} = {value}: is decided by {OWN_OPTIONS[key]}")
+    problems += [f"launch.environment.{name} = {value}: a variable's name has letters, digits and "
+                 "'_'; its value is taken as it is ($VARS belong into launch.setup)"
+                 for name, value in launch.environment.items()
+                 if not re.fullmatch(r"[A-Za-z_]\w*", name) or re.search(r"[\n$`]", str(value))]
+    if launch.gpu_type is not None and launch.gpu_request == "none":
+        problems.append(f"launch.gpu_type = {launch.gpu_type}: is asked for by "
+                        "launch.gpu_request=gres or gpus-per-node; none asks for nothing")
     return problems
 
 

@@ -15,6 +15,7 @@ from launcher.control import resume
 from launcher.events import read_events, record
 from launcher.freeze import create_run, read_provenance, rewrite_config, write_provenance
 from launcher.job import RunFailed, TrainJob
+from launcher.sbatch import sbatch_parameters
 from launcher.source import (
     SOURCE_ROOT,
     code_fingerprint,
@@ -23,7 +24,6 @@ from launcher.source import (
     frozen_exports,
     quoted,
 )
-from launcher.submit import sbatch_parameters
 from resnet_dist.config import ConfigError, config_from_dict, load_frozen
 from resnet_dist.paths import RunPaths
 
@@ -87,7 +87,7 @@ def test_the_batch_scripts_lines_mean_the_same(frozen: RunPaths, others: str) ->
 
 def test_the_copy_is_chosen_after_the_users_own_lines() -> None:
     config = config_from_dict({"name": "x", "launch": {"setup": ["module load python"]}})
-    setup = sbatch_parameters(config, frozen_exports("CODE"))["slurm_setup"]
+    setup = sbatch_parameters(config, code="CODE")["slurm_setup"]
     assert setup.index("module load python") < setup.index("export PYTHONSAFEPATH=1")
 
 

@@ -29,9 +29,10 @@ from launcher.events import (
     restarts_without_progress,
 )
 from launcher.incarnation import decide
+from launcher.sbatch import sbatch_parameters
 from launcher.scheduler import JobFacts, Queued
 from launcher.status import duration, run_status, show_status, with_queue
-from launcher.submit import prepare, sbatch_parameters, submit
+from launcher.submit import prepare, submit
 from launcher.workers import last_error
 from resnet_dist.config import ConfigError, config_from_dict, load_frozen
 from resnet_dist.paths import RunPaths
@@ -295,7 +296,8 @@ def test_sbatch_gets_cores_gpus_and_grace():
                                           "grace_s": 90, "setup": ["module load x"]}})
     told = sbatch_parameters(config)
     assert (told["nodes"], told["tasks_per_node"]) == (2, 1)
-    assert (told["cpus_per_task"], told["gpus_per_node"]) == (24, 4)
+    assert told["cpus_per_task"] == 24
+    assert told["slurm_additional_parameters"]["gpus-per-node"] == "4"
     assert "--cpus-per-task=24" in told["slurm_srun_args"]
     assert told["slurm_signal_delay_s"] == 90
     assert told["slurm_setup"][-1] == "module load x"
