@@ -160,9 +160,9 @@ def _changed(frozen: Config, overrides: list[str]) -> Config:
     """The frozen configuration with overrides. Raises: ConfigError on what must not change."""
     tree = parse_overrides(overrides)
     for key in tree:
-        if key != "steps" and key not in _MAY_CHANGE:
+        if key not in ("steps", "profile") and key not in _MAY_CHANGE:
             raise ConfigError(f"{key} = {tree[key]}: defines the training and cannot change when "
-                              "it resumes; only steps, "
+                              "it resumes; only steps, profile, "
                               + ", ".join(f"{section}.*" for section in _MAY_CHANGE[1:])
                               + " can. Start another run with name=OTHER")
     return config_from_dict(with_overrides(frozen, overrides))

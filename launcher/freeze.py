@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from launcher.source import freeze_code
-from resnet_dist.config import Config, ConfigError, config_to_dict, dump_config
+from resnet_dist.config import Config, ConfigError, config_to_dict, dump_config, flat
 from resnet_dist.data.manifest import Manifest, check_dataset, manifest_fingerprint
 from resnet_dist.paths import RunPaths
 from resnet_dist.rules import NAME_PATTERN
@@ -93,15 +93,6 @@ def anchored(config: Config) -> Config:
 
 def differences(before: Config, after: Config) -> list[str]:
     """`key: old -> new` for every setting that differs."""
-    def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        leaves: dict[str, Any] = {}
-        for key, value in tree.items():
-            if isinstance(value, dict):
-                leaves |= flat(value, f"{prefix}{key}.")
-            else:
-                leaves[prefix + key] = value
-        return leaves
-
     old, new = flat(config_to_dict(before)), flat(config_to_dict(after))
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in {**old, **new}
             if old.get(key) != new.get(key)]

@@ -182,6 +182,9 @@ class EvalConfig(Section):
 @dataclass(frozen=True, kw_only=True)
 class LogConfig(Section):
     every_steps: Count = 20
+    # Pictures and histograms in TensorBoard: of training at such steps and at the first, of a
+    # validation at the first one in every so many steps and at the last; 0: none.
+    panels_every_steps: Natural = 5000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +247,8 @@ class Config(Section):
     # Weights to start from: .safetensors or .pth of ours, torchvision's or timm's.
     init_from: str | None = None
     new_classifier: bool = False  # init_from: leave its last layer out, for other classes
+    # START:STOP: the steps START, ... STOP - 1 of rank 0 under torch's profiler; see trace.py.
+    profile: Annotated[str, Field(pattern=r"^\d+:\d+$")] | None = None
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -326,6 +331,17 @@ def config_to_dict(config: Config) -> dict[str, Any]:
     """The resolved tree as plain data; `config_from_dict` reads it back."""
     tree: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     return tree
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` -> `{"a.b": 1}`: the leaves by the keys that a user writes."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            leaves |= flat(value, f"{prefix}{key}.")
+        else:
+            leaves[prefix + key] = value
+    return leaves
 
 
 def dump_config(config: Config) -> str:

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from resnet_dist import optim
+from resnet_dist.clock import Exchange
 from resnet_dist.config import Config
 from resnet_dist.distributed import World, butterfly_all_reduce, tree_sum
-from resnet_dist.engine_core import Engine, Normalization, images_per_forward
+from resnet_dist.engine_core import Engine, Normalization, euclidean, images_per_forward
 from resnet_dist.losses import Targets
 from resnet_dist.models import norm
 from resnet_dist.models.keyed import set_sample_keys
@@ -51,6 +52,8 @@ class DDPEngine(Engine):
         if self._exact:
             self._leaf, self._leaf_gradients = self._flat_gradients()
         self._ddp = self._wrap() if world.size > 1 and not self._exact else None
+        self._clipped: Tensor | None = None  # norm of the last gradient before it was clipped
+        self._exchange = Exchange(world.device)
 
     # -- The step ----------------------------------------------------------------------------------
 
@@ -87,7 +90,9 @@ class DDPEngine(Engine):
             self._scaler.scale(loss / self.config.batch_size).backward()
             return torch.cat((self._leaf, self._take_bn_sums(), sums))
 
-        total = butterfly_all_reduce(tree_sum(leaf, 0, len(x) // size), self.world)
+        mine = tree_sum(leaf, 0, len(x) // size)
+        with self._exchange if self.world.size > 1 else nullcontext():
+            total = butterfly_all_reduce(mine, self.world)
         self._leaf.copy_(total[:gradients])
         norm.set_bn_stat_vector(self.module, total[gradients:-4])
         self._window += total[-4:]
@@ -96,13 +101,33 @@ class DDPEngine(Engine):
         optim.set_lr(self.optimizer, lr)
         if self.config.optimizer.clip_norm is not None:
             self._scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self._trained, self.config.optimizer.clip_norm, foreach=True)
+            self._clipped = nn.utils.clip_grad_norm_(
+                self._trained, self.config.optimizer.clip_norm, foreach=True)
         self._scaler.step(self.optimizer)
         self._scaler.update()
 
     def gradient_vector(self) -> Tensor:
         """The last step's global mean gradient: float32 on the CPU, flat, in parameter order."""
         return torch.cat([p.grad.reshape(-1) for p in self._trained if p.grad is not None]).cpu()
+
+    def _gradient_norm(self) -> Tensor:
+        # torch's optimizers leave unscaled gradients behind, the fused ones too.
+        return euclidean([p.grad for p in self._trained if p.grad is not None]
+                         ) if self._clipped is None else self._clipped
+
+    def communication(self) -> dict[str, float]:
+        if self.world.size == 1:
+            return {}
+        if self._ddp is None:
+            return self._exchange.read()
+        # DDP times one step in every `log.every_steps`; nanoseconds. Its times are those of the
+        # last micro-batch, the one that exchanges gradients.
+        times = self._ddp._get_ddp_logging_data()
+        if "backward_comm_time" not in times:
+            return {}
+        comm, overlap = (times[key] / 1e9 for key in
+                         ("backward_comm_time", "backward_compute_comm_overlap_time"))
+        return {"comm_s": comm, "comm_exposed_s": max(0.0, comm - overlap)}
 
     # -- The optimizer's state ---------------------------------------------------------------------
 
@@ -165,6 +190,7 @@ class DDPEngine(Engine):
         if self.config.gradient_dtype == "bf16":
             # A lambda: torch compares annotations, which are strings here, with its own types.
             ddp.register_comm_hook(world.size, lambda ranks, bucket: _sum_in_bf16(ranks, bucket))
+        ddp._set_ddp_runtime_logging_sample_rate(self.config.log.every_steps)
         ddp.eval()
         size = self.config.augment.size
         blank = torch.zeros((1, size, size, 3), dtype=torch.uint8, device=device)

@@ -58,6 +58,12 @@ def images_per_forward(config: Config, world: World) -> int:
                if share % size == 0 and size <= max(CPU_IMAGES_PER_FORWARD, config.bn_batch))
 
 
+def euclidean(tensors: list[Tensor]) -> Tensor:
+    """The norm of all `tensors` as one vector; a scalar on their device."""
+    with torch.no_grad():
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
+
+
 class Engine:
     """Training of one model; a subclass adds `_gradients`, `_update` and the optimizer's state.
 
@@ -149,6 +155,11 @@ class Engine:
         """
         return kernels.normalize(images, self._scale, self._shift, dtype)
 
+    def pixels(self, x: Tensor) -> Tensor:
+        """What `normalize` did, undone: float32 [n, 3, S, S] -> uint8 [n, S, S, 3]."""
+        shown = (x - self._shift) / self._scale
+        return shown.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
     def autocast(self) -> torch.autocast:
         """Convolutions and matrix products in bf16 or fp16 where the precision says so."""
         dtype = AUTOCAST_DTYPES.get(self.config.precision)
@@ -167,6 +178,24 @@ class Engine:
 
     def _global_window(self) -> Tensor:
         return self._window.clone() if self._exact else all_sum(self._window.clone(), self.world)
+
+    def norms(self) -> dict[str, float]:
+        """gradient_norm of the last step, before it was clipped, and parameter_norm: Euclidean, of
+        everything trained. Call on logging steps: it waits for the device. Collective.
+
+        Without gradient_norm where the engine keeps no gradients and took no norm of them.
+        """
+        norms = {"parameter_norm": euclidean(list(self._parameters.values())).item()}
+        gradient = self._gradient_norm()
+        return norms if gradient is None else {"gradient_norm": float(gradient), **norms}
+
+    def _gradient_norm(self) -> Tensor | float | None:
+        raise NotImplementedError
+
+    def communication(self) -> dict[str, float]:
+        """comm_s and comm_exposed_s, as `clock.Clock.speed` takes them, of the steps since the last
+        call or of one of them; {} where the engine does not know."""
+        return {}
 
     def finite(self) -> bool:
         """Whether window, weights and momentum are all numbers, on all ranks. Collective."""

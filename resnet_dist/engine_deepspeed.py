@@ -24,7 +24,13 @@ from torch import Tensor, nn
 from resnet_dist import optim
 from resnet_dist.config import Config
 from resnet_dist.distributed import World, gather_rows
-from resnet_dist.engine_core import AUTOCAST_DTYPES, Engine, Normalization, images_per_forward
+from resnet_dist.engine_core import (
+    AUTOCAST_DTYPES,
+    Engine,
+    Normalization,
+    euclidean,
+    images_per_forward,
+)
 from resnet_dist.losses import Targets
 
 
@@ -54,6 +60,7 @@ class DeepSpeedEngine(Engine):
             model=self.module, optimizer=optim.build_optimizer(self.module, config),
             config=deepspeed_config(config, world), dist_init_required=False)
         self._zero = config.zero_stage > 0
+        self._norm: float | None = None  # of the last logging step's gradient
 
     def _gradients(self, x: Tensor, targets: Targets, keys: Tensor | None) -> None:
         # Ranks are averaged, so each loss is the sum over its images times ranks / global batch.
@@ -70,6 +77,9 @@ class DeepSpeedEngine(Engine):
 
     def _update(self, lr: float) -> None:
         optim.set_lr(self.optimizer, lr)
+        step = self.steps + 1
+        if step % self.config.log.every_steps == 0 or step == self.config.steps:
+            self._norm = self._norm_before_update()
         self._engine.step()
         scaler = self._scaler
         if self._zero and scaler is not None and self.optimizer.overflow:
@@ -78,6 +88,17 @@ class DeepSpeedEngine(Engine):
             saved = scaler.state_dict()
             scaler.load_state_dict({**saved, "scale": saved["scale"] * saved["backoff_factor"],
                                     "_growth_tracker": 0})
+
+    def _norm_before_update(self) -> float | None:
+        """DeepSpeed drops the gradients in its step, and stage 0 takes no norm of them."""
+        if self._zero:
+            return None
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        scale = 1.0 if self._scaler is None else self._scaler.get_scale()
+        return euclidean(gradients).item() / scale
+
+    def _gradient_norm(self) -> float | None:
+        return self._engine.get_global_grad_norm() if self._zero else self._norm
 
     # -- State, whole and by parameter name --------------------------------------------------------
 

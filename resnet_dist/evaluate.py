@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_dist.distributed import World, gather_rows
-from resnet_dist.judge import Outcomes, summary
+from resnet_dist.judge import Outcomes
 from resnet_dist.views import Views
 
 # What maps prepared images [n, 3, h, w] to logits [n, classes], and what prepares uint8
@@ -26,8 +26,8 @@ _COLUMNS = 6  # of one sample's row: id, label, predicted, place, confidence, lo
 
 
 def evaluate(model: Callable[[Tensor], Tensor], normalize: Callable[[Tensor], Tensor],
-             views: Views, world: World) -> dict[str, float]:
-    """loss (mean over samples, nats), top1 and top5 (percent), samples of one network.
+             views: Views, world: World) -> Outcomes:
+    """What one network makes of every sample of the split.
 
     Args:
         model: in eval mode; maps prepared images [n, 3, h, w] to logits [n, classes].
@@ -37,8 +37,7 @@ def evaluate(model: Callable[[Tensor], Tensor], normalize: Callable[[Tensor], Te
     Collective. Raises: DataError.
     """
     with views:
-        found = summary(predict([(model, normalize)], views, world))
-    return {key: found[key] for key in ("loss", "top1", "top5", "samples")}
+        return predict([(model, normalize)], views, world)
 
 
 def predict(members: Sequence[Member], views: Views, world: World) -> Outcomes:

@@ -45,6 +45,12 @@ def summary(outcomes: Outcomes) -> dict[str, Any]:
             "top5_interval": [100 * bound for bound in wilson(hits5, samples)]}
 
 
+def scores(outcomes: Outcomes) -> dict[str, float]:
+    """What training records of a validation: loss (nats), top1 and top5 (percent), samples."""
+    found = summary(outcomes)
+    return {key: found[key] for key in ("loss", "top1", "top5", "samples")}
+
+
 def wilson(hits: int, samples: int, level: float = 0.95) -> tuple[float, float]:
     """Interval of a proportion that stays in [0, 1] and is honest near its ends.
 

@@ -77,6 +77,10 @@ class RunPaths:
     def tensorboard(self) -> Path:
         return self.root / "tensorboard"
 
+    def trace(self, start: int, stop: int) -> Path:
+        """Chrome trace of rank 0 over these steps; TensorBoard's profiler plugin wants this end."""
+        return self.tensorboard / f"rank_0000.steps_{start}_{stop}.pt.trace.json.gz"
+
     @property
     def logs(self) -> Path:
         return self.root / "logs"

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 
 
+PROFILE_STEPS = 200  # a trace takes some MB a step
+
 def broken_rules(config: Config) -> list[str]:
     """One line a rule that `config` breaks: key, value, remedy."""
     problems = []
@@ -93,6 +95,11 @@ def broken_rules(config: Config) -> list[str]:
         refuse("schedule.warmup_steps", config.schedule.warmup_steps,
                f"must be below steps = {config.steps}")
     problems += launch_problems(config.launch)
+    if config.profile is not None:
+        first, last = map(int, config.profile.split(":"))
+        if not first < last <= first + PROFILE_STEPS or last > config.steps:
+            refuse("profile", config.profile, f"write START:STOP with START < STOP <= steps = "
+                   f"{config.steps} and at most {PROFILE_STEPS} steps, e.g. 100:110")
     if config.launch.grace_s >= config.launch.time_minutes * 60:
         refuse("launch.grace_s", config.launch.grace_s,
                f"must be below the time limit of {config.launch.time_minutes} minutes")

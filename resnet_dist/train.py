@@ -17,7 +17,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -40,6 +39,7 @@ from resnet_dist.checkpoint import (
     load,
     newest_valid,
 )
+from resnet_dist.clock import Clock
 from resnet_dist.config import Config, ConfigError, config_to_dict, load_frozen
 from resnet_dist.data.loader import Batch, DataError
 from resnet_dist.data.manifest import Manifest, check_dataset, manifest_fingerprint
@@ -49,11 +49,16 @@ from resnet_dist.distributed import World, broadcast_int, init_world, shutdown
 from resnet_dist.engine import make_engine
 from resnet_dist.engine_core import Engine
 from resnet_dist.evaluate import evaluate
+from resnet_dist.gauges import Gauges
+from resnet_dist.introduce import introduce
+from resnet_dist.judge import scores
 from resnet_dist.metrics import Metrics
 from resnet_dist.optim import Observed, lr_at
+from resnet_dist.panels import FirstImages, Panels
 from resnet_dist.paths import RunPaths
 from resnet_dist.preemption import SignalFlag
 from resnet_dist.rules import world_problems
+from resnet_dist.trace import Trace
 
 log = logging.getLogger(__name__)
 
@@ -78,15 +83,16 @@ def train(run: RunPaths, config: Config, world: World, signals: SignalFlag) -> i
     resumed = step
     metrics = Metrics(run, step) if world.rank == 0 else None
     writer = checkpoint_writer(run, config) if world.rank == 0 else None
-    note = f"resumed at step {step}" if step else "started"
-    log.info("%s: %d ranks, %d steps of %d images", note, world.size, config.steps,
+    panels = Panels(metrics, config, manifest) if metrics else None
+    trace = Trace(config.profile, run, metrics, step, world.device) if metrics else None
+    log.info("%s: %d ranks, %d steps of %d images",
+             f"resumed at step {step}" if step else "started", world.size, config.steps,
              config.batch_size)
     if metrics:
-        metrics.event(step, f"{note} on {world.size} ranks")
-        metrics.text("config", run.config.read_text(encoding="utf-8"))
+        introduce(metrics, run, config, step, world.size)
 
     first_image = world.rank * (config.batch_size // world.size)  # of this rank, in a global batch
-    stop, clock, heart = 0, Clock(step), Heart(run, world)
+    stop, clock, heart, gauges = 0, Clock(step), Heart(run, world), Gauges(world.device)
     with train_loader(config, world, step, partial(heart.beat, step)) as loader:
         batches = iter(loader)
         while step < config.steps and not stop:
@@ -96,6 +102,8 @@ def train(run: RunPaths, config: Config, world: World, signals: SignalFlag) -> i
             lr = lr_at(config.schedule, config.optimizer.lr, step, config.steps, seen)
             keys = torch.from_numpy(sample_keys(config.seed, batch.epochs, batch.sample_ids))
             mix = mixer(config.augment, config.seed, step, first_image, config.bn_batch or 1)
+            if trace:
+                trace.before(step, clock)
             engine.train_step(batch.images, batch.labels, keys, lr, mix)
             step += 1
             heart.beat(step)
@@ -103,18 +111,22 @@ def train(run: RunPaths, config: Config, world: World, signals: SignalFlag) -> i
             last = step == config.steps
 
             if last or step % config.log.every_steps == 0:
-                values = engine.read_window()
+                values = engine.read_window() | engine.norms()
                 seen = seen.trained(step, 100 - values["top1"], config.schedule)
                 if metrics:
-                    metrics.write("train", step,
-                                  {**values, "lr": lr, **clock.speed(step, config.batch_size)})
+                    speed = clock.speed(step, config.batch_size, engine.communication())
+                    metrics.write("train", step, {**values, "lr": lr, **speed, **gauges.read()})
                 clock.restart(step)
+            if panels and panels.due(step):
+                with clock.paused():
+                    panels.training(step, batch, mix, engine)
             if last and config.bn_refresh_steps:
                 engine.refresh_bn(further(batches, config.bn_refresh_steps,
                                           partial(heart.beat, step)))
             if last or step % config.eval.every_steps == 0:
                 with clock.paused():
-                    result = validate(engine, config, world, partial(heart.beat, step))
+                    result = validate(engine, config, world, partial(heart.beat, step), panels,
+                                      step)
                 seen = seen.validated(step, 100 - result["top1"])
                 if metrics:
                     metrics.write("val", step, result)
@@ -131,6 +143,8 @@ def train(run: RunPaths, config: Config, world: World, signals: SignalFlag) -> i
                     writer.save(step, state, describe(config, manifest, world, seen))
             if writer:
                 report(writer.finished(), metrics)
+    if trace:
+        trace.close(step)
     signals.settle()
     if writer and metrics:
         # The last state must be on disk before anyone is told so.
@@ -192,8 +206,8 @@ def best_checkpoint(run: RunPaths, seen: Observed, step: int) -> int | None:
     return min(each for each in [*saved, step] if each >= best)
 
 
-def validate(engine: Engine, config: Config, world: World,
-             alive: Callable[[], None]) -> dict[str, float]:
+def validate(engine: Engine, config: Config, world: World, alive: Callable[[], None],
+             panels: Panels | None, step: int) -> dict[str, float]:
     """Accuracy now; of the averaged weights too, as ema_..., where the run keeps them. Collective.
 
     Leaves no trace in the run's bits. `alive` is called for every batch.
@@ -202,11 +216,15 @@ def validate(engine: Engine, config: Config, world: World,
         alive()
         return engine.normalize(images)
 
+    first = FirstImages(normalize)
     with engine.eval_model() as model:
-        result = evaluate(model, normalize, eval_loader(config, world), world)
+        outcomes = evaluate(model, first, eval_loader(config, world), world)
+        if panels and panels.due_with_validation(step):
+            panels.validated(step, outcomes, model, first.kept)
+    result = scores(outcomes)
     if config.ema.decay is not None:
         with engine.eval_model(ema=True) as model:
-            averaged = evaluate(model, normalize, eval_loader(config, world), world)
+            averaged = scores(evaluate(model, normalize, eval_loader(config, world), world))
         result |= {f"ema_{key}": value for key, value in averaged.items() if key != "samples"}
     return result
 
@@ -225,14 +243,14 @@ def report(saves: list[Saved], metrics: Metrics | None) -> int | None:
     newest = None
     for saved in saves:
         if saved.error:
-            text = f"ALARM: checkpoint not saved: {saved.error}"
+            what, text, height = "alarm", f"ALARM: checkpoint not saved: {saved.error}", None
             log.error("step %d: %s", saved.step, text)
         else:
-            newest = saved.step
+            newest, what, height = saved.step, "checkpoint", saved.seconds
             text = f"checkpoint, {saved.size_bytes / 1e6:.1f} MB in {saved.seconds:.2f} s"
             log.info("step %d: %s", saved.step, text)
         if metrics:
-            metrics.event(saved.step, text)
+            metrics.mark(what, saved.step, text, height)
     return newest
 
 
@@ -254,35 +272,6 @@ class Heart:
         temporary = self._path.with_name(f".{self._path.name}.tmp")
         temporary.write_text(f"{self._attempt} {step}\n")
         os.replace(temporary, self._path)
-
-
-class Clock:
-    """Wall time of the steps since the last logging step, evaluations left out."""
-
-    def __init__(self, step: int) -> None:
-        self.restart(step)
-
-    def restart(self, step: int) -> None:
-        self._began, self._step, self._waited_s = time.perf_counter(), step, 0.0
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Inside, the step waits for data."""
-        began = time.perf_counter()
-        yield
-        self._waited_s += time.perf_counter() - began
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self._began += time.perf_counter() - began
-
-    def speed(self, step: int, batch_size: int) -> dict[str, float]:
-        """images_per_s of all ranks; step_s and data_s (waiting for data), means a step."""
-        elapsed_s, steps = time.perf_counter() - self._began, step - self._step
-        return {"images_per_s": batch_size * steps / elapsed_s, "step_s": elapsed_s / steps,
-                "data_s": self._waited_s / steps}
 
 
 def main(arguments: list[str]) -> int:

@@ -151,26 +151,42 @@ class _Pictures:
 
     def _picture(self, sample: int, side: int | None) -> np.ndarray:
         """uint8 [h, w, 3] with its shorter side at `side`; None: as it is."""
-        reader = self.reader
-        image, stored = reader.metadata["f0"][sample], reader.read(sample).tobytes()
-        mode, height, width = (int(image[key]) for key in ("mode", "height", "width"))
-        shorter = min(height, width)
-        tall, wide = ((height, width) if side is None
-                      else (side * height // shorter, side * width // shorter))
+        tall, wide = _resized(self.reader, sample, side)
         if self._options.protocol == "10crop" and min(tall, wide) < self._options.size:
-            raise DataError(f"eval.size = {self._options.size}: exceeds {reader.describe(sample)}, "
-                            f"{height} x {width} pixels; set eval.resize or a smaller eval.size")
-        if self._check and native.digest(stored) != reader.metadata["f2"][sample]:
-            raise DataError(f"{reader.describe(sample)}: its bytes are not the recorded ones; run "
-                            f"`resnet-dist verify {reader.dataset} --deep`, then copy or convert "
-                            "that shard again")
-        plan = np.zeros(1, native.PLAN)
-        plan["height"], plan["width"] = height, width
-        plan["copy"] = (tall, wide) == (height, width)
-        try:
-            return native.decode_one(stored, mode, height, width, plan, (tall, wide))
-        except ValueError as error:
-            raise DataError(f"{reader.describe(sample)}: {error}") from None
+            height, width = _resized(self.reader, sample, None)
+            raise DataError(f"eval.size = {self._options.size}: exceeds "
+                            f"{self.reader.describe(sample)}, {height} x {width} pixels; set "
+                            "eval.resize or a smaller eval.size")
+        return picture(self.reader, sample, side, check=self._check)
+
+
+def picture(reader: ShardReader, sample: int, side: int | None, *, check: bool) -> np.ndarray:
+    """One sample, uint8 [h, w, 3], with its shorter side at `side` pixels; None: as it is.
+
+    check: compare its bytes with the recorded digest. Raises: DataError, naming the sample.
+    """
+    image, stored = reader.metadata["f0"][sample], reader.read(sample).tobytes()
+    mode, height, width = (int(image[key]) for key in ("mode", "height", "width"))
+    size = _resized(reader, sample, side)
+    if check and native.digest(stored) != reader.metadata["f2"][sample]:
+        raise DataError(f"{reader.describe(sample)}: its bytes are not the recorded ones; run "
+                        f"`resnet-dist verify {reader.dataset} --deep`, then copy or convert "
+                        "that shard again")
+    plan = np.zeros(1, native.PLAN)
+    plan["height"], plan["width"] = height, width
+    plan["copy"] = size == (height, width)
+    try:
+        return native.decode_one(stored, mode, height, width, plan, size)
+    except ValueError as error:
+        raise DataError(f"{reader.describe(sample)}: {error}") from None
+
+
+def _resized(reader: ShardReader, sample: int, side: int | None) -> tuple[int, int]:
+    """Height and width of a sample whose shorter side is `side`."""
+    image = reader.metadata["f0"][sample]
+    height, width = int(image["height"]), int(image["width"])
+    shorter = min(height, width)
+    return (height, width) if side is None else (side * height // shorter, side * width // shorter)
 
 
 def _five(picture: np.ndarray, size: int) -> list[np.ndarray]:

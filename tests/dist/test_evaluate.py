@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import IMAGES, EventAccumulator
 
 from launcher.freeze import create_run
 from resnet_dist.build import eval_loader
@@ -128,22 +129,37 @@ def curve(run: RunPaths) -> list[tuple[int, float]]:
 
 @pytest.fixture(scope="module")
 def finished(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> RunPaths:
-    """A short run that evaluated every 3 steps, on two ranks."""
+    """A short run that evaluated and drew pictures every 3 steps, on two ranks; two were traced."""
     folder = tmp_path_factory.mktemp("runs")
-    run = create_run(config_of(digits, folder, "often", precision="bf16", eval={
-        "every_steps": 3, "resize": None, "size": 32, "protocol": "flip"}))
+    run = create_run(config_of(
+        digits, folder, "often", precision="bf16", profile="5:7",
+        log={"every_steps": 4, "panels_every_steps": 3},
+        eval={"every_steps": 3, "resize": None, "size": 32, "protocol": "flip"}))
     assert run_ranks(train_rank, 2, run.root) == [0, 0]
     return run
 
 
-def test_a_run_that_evaluates_has_the_bits_of_one_that_does_not(
+def test_a_run_that_evaluates_draws_and_profiles_has_the_bits_of_one_that_does_not(
         digits: Path, finished: RunPaths) -> None:
-    rare = create_run(config_of(digits, finished.root.parent, "rare", precision="bf16"))
+    rare = create_run(config_of(digits, finished.root.parent, "rare", precision="bf16",
+                                log={"every_steps": 4, "panels_every_steps": 0}))
     assert run_ranks(train_rank, 2, rare.root) == [0, 0]
     assert len(read_lines(finished.metrics, "val")) == 4
     assert len(read_lines(rare.metrics, "val")) == 1
     assert hashes(finished) == hashes(rare)
     assert curve(finished) == curve(rare)
+    assert images_on_board(finished) == {
+        "train/images": [1, 3, 6, 9, 12], "layers/batch_norm": [1, 3, 6, 9, 12],
+        **{tag: [3, 6, 9, 12] for tag in ("val/confusion", "val/classes", "val/reliability",
+                                          "val/mistakes", "layers/responses")}}
+    assert images_on_board(rare) == {}
+    assert finished.trace(5, 7).stat().st_size > 10_000
+
+
+def images_on_board(run: RunPaths) -> dict[str, list[int]]:
+    board = EventAccumulator(str(run.tensorboard), size_guidance={IMAGES: 0})
+    board.Reload()
+    return {tag: [event.step for event in board.Images(tag)] for tag in board.Tags()["images"]}
 
 
 # -- Checkpoints -----------------------------------------------------------------------------------

@@ -105,9 +105,9 @@ def test_every_recipe_trains_and_evaluates(recipe: Path, photos: Path, icons: Pa
     # Branches that start as zero (zero_init_last_bn) pass no gradient to their inside yet.
     assert sum(moved) > 0.5 * len(moved), "two steps must move the weights"
     with engine.eval_model(ema=config.ema.decay is not None) as model:
-        result = evaluate(model, engine.normalize, eval_loader(config, ALONE), ALONE)
-    assert result["samples"] == 3
-    assert np.isfinite(result["loss"])
+        outcomes = evaluate(model, engine.normalize, eval_loader(config, ALONE), ALONE)
+    assert len(outcomes.labels) == 3
+    assert np.isfinite(outcomes.losses).all()
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=ids)

@@ -1,0 +1,82 @@
+"""TensorBoard's event files, cut back to a step: what a killed run had drawn beyond its checkpoint.
+
+TensorBoard itself hides redone steps only once the resumed run has reached them again, and never
+takes back what the resumed run does not draw a second time. So whoever resumes a run cuts its
+files, as it cuts metrics.jsonl.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+import time
+from pathlib import Path
+
+# A record: length uint64, its checksum uint32, the event, its checksum uint32; little endian.
+# Source: TensorFlow's record_writer.h. The event's first fields are wall_time (1, fixed64) and
+# step (2, varint). Source: TensorFlow's event.proto.
+_HEADER, _TRAILER = 12, 4
+_WALL_TIME, _STEP = 0x09, 0x10
+_STAMP = re.compile(r"(events\.out\.tfevents\.)(\d+)")
+
+
+def drop_after(folder: Path, step: int) -> None:
+    """Remove every event past `step`, and torn ends, from the event files directly in `folder`.
+
+    A file that holds none is left alone; another is replaced atomically. The writer that made them
+    must be gone.
+    """
+    for path in sorted(folder.glob("events.*")):
+        data = path.read_bytes()
+        kept = bytes(_kept(data, step))
+        if len(kept) == len(data):
+            continue
+        temporary = folder / ".cut.tmp"  # no name that TensorBoard would read
+        with open(temporary, "wb") as file:
+            file.write(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+
+def put_before_now(folder: Path) -> None:
+    """Let the files of earlier attempts sort before one that is opened now.
+
+    TensorBoard reads files in the order of their names, which begin with the second they were made
+    in, and takes a step that comes too early for a restart: a file of the same second, or of a node
+    whose clock was ahead, would make it forget the newer one.
+    """
+    now = int(time.time())
+    for index, path in enumerate(sorted(folder.glob("events.*"))):
+        made = _STAMP.match(path.name)
+        if made and int(made[2]) >= now:
+            path.rename(folder / f"{made[1]}{now - 1:010d}.~{index:04d}")  # "~": after any host
+
+
+def _kept(data: bytes, step: int) -> bytearray:
+    kept, start = bytearray(), 0
+    while start + _HEADER + _TRAILER <= len(data):
+        (length,) = struct.unpack_from("<Q", data, start)
+        end = start + _HEADER + length + _TRAILER
+        if end > len(data):
+            break
+        if _step_of(data, start + _HEADER, end - _TRAILER) <= step:
+            kept += data[start:end]
+        start = end
+    return kept
+
+
+def _step_of(data: bytes, at: int, end: int) -> int:
+    """The step of the event in data[at:end]; 0 where none is written, as protobuf has it."""
+    if at < end and data[at] == _WALL_TIME:
+        at += 9
+    if at >= end or data[at] != _STEP:
+        return 0
+    value = shift = 0
+    for byte in data[at + 1:end]:
+        value |= (byte & 0x7F) << shift
+        shift += 7
+        if byte < 0x80:
+            break
+    return value
