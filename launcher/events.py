@@ -5,8 +5,8 @@ Read by `status`, and by the supervisor of a later incarnation, which continues 
 attempts and the count of restarts without progress.
 
 Events: submitted, queued (the scheduler's id), started (one incarnation), attempt (workers are
-up), exit (a worker failed), crashed (why an attempt ended), signal, saved, requeued, and the three
-last words: finished, failed, stopped.
+up), exit (a worker failed), crashed (why an attempt ended), rolled_back (it had diverged), signal,
+saved, requeued, and the three last words: finished, failed, stopped.
 """
 
 from __future__ import annotations
@@ -81,15 +81,36 @@ def last_attempt(events: Sequence[Event]) -> int:
 
 
 def restarts_without_progress(events: Sequence[Event]) -> int:
-    """Crashes in a row, since the run was submitted, between which no checkpoint was committed."""
+    """Crashes in a row, since the run was submitted, between which no checkpoint was committed.
+
+    A divergence is no crash: `rollbacks_in_a_row` counts those.
+    """
     count, newest = 0, -1
     for event in events:
         if event["event"] == "submitted":
             count, newest = 0, -1
-        elif event["event"] == "crashed":
+        elif event["event"] == "crashed" and "diverged_at" not in event:
             count = count + 1 if event["checkpoint"] <= newest else 1
             newest = max(newest, event["checkpoint"])
     return count
+
+
+def rollbacks_in_a_row(events: Sequence[Event], checkpoint: int) -> list[Event]:
+    """Rollbacks since the run was submitted, or since it last went beyond where it had diverged.
+
+    checkpoint: step of the newest one now.
+    """
+    row: list[Event] = []
+    for event in events:
+        if event["event"] == "submitted":
+            row = []
+        elif event["event"] == "rolled_back":
+            row = [*_not_passed(row, event["checkpoint"]), event]
+    return _not_passed(row, checkpoint)
+
+
+def _not_passed(row: list[Event], checkpoint: int) -> list[Event]:
+    return row if row and checkpoint <= max(each["diverged_at"] for each in row) else []
 
 
 def redone_steps(events: Sequence[Event]) -> int:

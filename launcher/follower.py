@@ -68,7 +68,7 @@ class Follower:
                     case "start":
                         number, hung_told = order["attempt"], False
                         self._workers.start(number, self._config.world, order["address"],
-                                            order["port"])
+                                            order["port"], adaptive=order["adaptive"])
                     case "stop":
                         self._workers.stop()
                     case "abort":
@@ -101,7 +101,8 @@ class Follower:
         facts = scheduler.job_facts(self._place.job)
         events = read_events(self._run)
         ended = events and events[-1]["event"] in (*LAST_WORDS, "requeued")
-        if self._signals.final or ended or (facts and facts.state != "RUNNING"):
+        if self._signals.final or ended or (facts and (
+                facts.state != "RUNNING" or facts.restarts > self._place.restart)):
             return Outcome("failed", why)
         if verdict := note_crash(self._run, last_attempt(events), why,
                                  self._config.launch.max_restarts):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -21,12 +22,14 @@ from launcher import scheduler
 from launcher.events import Process, read_events, record, restarts_without_progress
 from launcher.progress import checkpoint_step, reached
 from launcher.scheduler import JobFacts
+from resnet_dist.lease import COMMIT_WAIT_S, holder, locked
 from resnet_dist.paths import RunPaths
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.05
 GATHER_S = 120.0  # nodes of one job start within this time
+TAKEOVER_S = 10.0  # an incarnation that SLURM has requeued may still be ending
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,8 @@ class Place:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an incarnation ended: "finished", "stopped", "failed", "requeued", or "requeue" (SLURM
-    did not obey; the exit code must ask for it)."""
+    """How an incarnation ended: "finished", "stopped", "failed", "requeued", "requeue" (SLURM did
+    not obey; the exit code must ask for it), or "superseded" (a later one runs the run)."""
 
     kind: str
     cause: str = ""
@@ -86,10 +89,10 @@ class Signals:
         return any(number in (signal.SIGTERM, signal.SIGINT) for number in self.received)
 
 
-def note_crash(run: RunPaths, attempt: int, cause: str, max_restarts: int) -> str:
+def note_crash(run: RunPaths, attempt: int, cause: str, max_restarts: int, **more: int) -> str:
     """Record why an attempt ended; why the run must give up, or ""."""
     record(run, "crashed", attempt=attempt, cause=cause, checkpoint=checkpoint_step(run),
-           reached=reached(run, attempt))
+           reached=reached(run, attempt), **more)
     log.error("attempt %d: %s", attempt, cause)
     count = restarts_without_progress(read_events(run))
     if count <= max_restarts:
@@ -133,30 +136,61 @@ def read_secret(run: RunPaths) -> bytes:
 
 
 @contextmanager
-def lease(run: RunPaths, place: Place) -> Iterator[None]:
-    """Be the only one who runs this run. Raises: RuntimeError naming the holder.
+def lease(run: RunPaths, place: Place) -> Iterator[str]:
+    """Be the only one who runs this run; inside, what the lease says. Raises: RuntimeError.
 
-    An incarnation that SLURM has requeued may still be ending: it is waited for.
+    An earlier incarnation of the same job may still hold it. It is waited for, and then replaced:
+    SLURM would not have started this one if it had not given that one up, e.g. because its node's
+    slurmd is dead. From then on its commits are refused, and it ends as soon as it looks.
     """
+    deadline = time.monotonic() + (TAKEOVER_S if place.restart else 5)
+    handle = _try_lease(run)
+    while handle is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+        handle = _try_lease(run)
+    mine = (f"{place.where} job {place.incarnation}, pid {os.getpid()} on {Process.this().host}")
+    if handle is None:
+        other = holder(run)
+        if not _outdated(other, place):
+            raise RuntimeError(f"{run.root} is run by {other}; stop that one first, or copy the "
+                               "run under another name")
+        log.warning("taking the run over from %s, which SLURM has given up", other)
+    temporary = run.lease.with_name(f".{run.lease.name}.{os.getpid()}")
+    fresh = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        fcntl.flock(fresh, fcntl.LOCK_EX)
+        os.write(fresh, f"{mine}\n".encode())
+        with locked(run.commit_lock, COMMIT_WAIT_S):  # no commit is under way
+            os.replace(temporary, run.lease)
+        yield mine
+    finally:
+        os.close(fresh)
+        if handle is not None:
+            os.close(handle)
+
+
+def _try_lease(run: RunPaths) -> int | None:
+    """A handle on the lease file, locked; None where another process has it."""
     handle = os.open(run.lease, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        deadline = time.monotonic() + (30 if place.restart else 5)
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    holder = os.pread(handle, 200, 0).decode(errors="replace").strip()
-                    raise RuntimeError(f"{run.root} is run by {holder}; stop that one first, or "
-                                       "copy the run under another name") from None
-                time.sleep(0.2)
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"{place.where} job {place.incarnation}, pid {os.getpid()} on "
-                          f"{Process.this().host}\n".encode(), 0)
-        yield
-    finally:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         os.close(handle)
+        return None
+    try:
+        if os.path.samestat(os.fstat(handle), os.stat(run.lease)):
+            return handle
+    except FileNotFoundError:
+        pass
+    os.close(handle)  # it was replaced between the two lines
+    return None
+
+
+def _outdated(other: str, place: Place) -> bool:
+    """Whether a lease names an earlier incarnation of the same SLURM job."""
+    named = re.match(r"slurm job ([\d_]+)\.(\d+),", other)
+    return bool(place.where == "slurm" and named and named[1] == place.job
+                and int(named[2]) < place.restart)
 
 
 def log_to_stderr(node: int) -> None:

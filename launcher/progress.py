@@ -5,6 +5,11 @@ from __future__ import annotations
 from resnet_dist.paths import CheckpointPaths, RunPaths
 
 
+def checkpoint_steps(run: RunPaths) -> list[int]:
+    """Steps of the checkpoints with a commit record, newest first."""
+    return [paths.step for paths in run.checkpoints_on_disk() if paths.state.exists()]
+
+
 def newest_checkpoint(run: RunPaths) -> CheckpointPaths | None:
     """The newest one with a commit record; whether its bytes are whole, the workers verify."""
     return next((paths for paths in run.checkpoints_on_disk() if paths.state.exists()), None)

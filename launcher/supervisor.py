@@ -9,7 +9,9 @@ What ends an attempt, and what follows (imports no torch; safetensors and models
     a worker failed, or hangs        all workers are killed; a new attempt in the same allocation,
                                      unless `max_restarts` in a row brought no new checkpoint
     a node is lost                   the same, in a new allocation
-    bad input, diverged              the run failed: another attempt would only repeat it
+    diverged                         back to an earlier checkpoint, at most `max_rollbacks` in a row
+    bad input                        the run failed: another attempt would only repeat it
+    a later incarnation runs the run the workers are killed at once, and nothing is recorded
     SIGUSR1, SIGUSR2                 saved, requeued (time limit, warning of a preemption)
     SIGTERM                          saved; requeued where SLURM means that, else stopped
     stop_request in the run folder   saved, stopped
@@ -36,6 +38,7 @@ from launcher.events import (
     read_events,
     record,
     restarts_without_progress,
+    rollbacks_in_a_row,
 )
 from launcher.follower import Follower
 from launcher.incarnation import (
@@ -51,10 +54,12 @@ from launcher.incarnation import (
     read_secret,
     requeue,
 )
-from launcher.progress import checkpoint_step, reached
+from launcher.progress import checkpoint_step, checkpoint_steps, reached
 from launcher.workers import BAD_INPUT, DIVERGED, FINISHED, Exit, Workers, train_command
 from resnet_dist.config import Config, load_frozen
+from resnet_dist.lease import holder
 from resnet_dist.paths import RunPaths
+from resnet_dist.rollback import Rollback, add_rollback
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +67,7 @@ _LOST_PEER = re.compile(r"[Cc]onnection (was )?(closed|reset|refused|aborted)|Br
                         r"NCCL|DistBackendError|DistNetworkError|DistStoreError|TCPStore")
 PARTING_S = 0.5  # after a failure: peers may still print why they end
 STACKS_S = 2.0  # after an abort: stacks of all threads are written
+LOOK_S = 0.5  # between two looks into the run's folder, which may be a network's
 
 
 @dataclass
@@ -112,7 +118,8 @@ class Supervisor:
                                 hang_s=config.launch.hang_s)
         self._hub: Hub | None = None
         self._echo = echo
-        self._stop_seen_at = 0.0
+        self._owner = ""
+        self._looked_at = {"stop": 0.0, "lease": 0.0}
 
     def run(self) -> Outcome:
         """Run until the incarnation ends. Raises: RuntimeError where another one holds the run."""
@@ -123,7 +130,8 @@ class Supervisor:
         place = self._place
         try:
             why = self._gather() if len(place.names) > 1 else ""
-            with lease(self._run, place):
+            with lease(self._run, place) as self._owner:
+                self._workers.owner = self._owner
                 self._record("started", job=place.job, restart=place.restart, where=place.where,
                              nodes=list(place.names), steps=self._config.steps,
                              batch_size=self._config.batch_size, **Process.this().facts)
@@ -133,6 +141,9 @@ class Supervisor:
                     log.exception("the supervisor itself failed")
                     outcome = Outcome("failed", f"supervisor: {type(error).__name__}: {error}")
                 self._workers.kill()
+                if holder(self._run) != self._owner:
+                    log.error("%s runs this run now; ended without a word", holder(self._run))
+                    return Outcome("superseded", holder(self._run))
                 if outcome.kind in LAST_WORDS:
                     self._record(outcome.kind, cause=outcome.cause, step=checkpoint_step(self._run))
                 return outcome
@@ -164,6 +175,8 @@ class Supervisor:
             if asked:  # between attempts there is nothing to save
                 return self._after_stop(asked)
             attempt = self._attempt()
+            if holder(self._run) != self._owner:
+                return Outcome("superseded")
             if all(exit.code == FINISHED for exit in attempt.exits.values()):
                 return Outcome("finished")
             if attempt.stop:
@@ -178,10 +191,14 @@ class Supervisor:
                 if self._asked_to_stop():
                     continue
                 attempt.trouble = "workers saved and left though nobody asked them to"
+            if attempt.failure and attempt.failure.code == DIVERGED:
+                if verdict := self._go_back(attempt):
+                    return Outcome("failed", verdict, DIVERGED)
+                continue
             verdict = note_crash(self._run, attempt.number, attempt.cause,
                                  self._config.launch.max_restarts)
-            if attempt.failure and attempt.failure.code in (BAD_INPUT, DIVERGED):
-                return Outcome("failed", attempt.cause, attempt.failure.code)
+            if attempt.failure and attempt.failure.code == BAD_INPUT:
+                return Outcome("failed", attempt.cause, BAD_INPUT)
             if verdict:
                 return Outcome("failed", verdict)
             if attempt.lost:
@@ -190,17 +207,47 @@ class Supervisor:
             count = restarts_without_progress(read_events(self._run))
             self._pause(0.5 * (2 ** (count - 1) - 1))
 
+    def _go_back(self, attempt: Attempt) -> str:
+        """Prepare the attempt after a divergence; why the run must give up, or ""."""
+        limits, events = self._config.divergence, read_events(self._run)
+        steps = checkpoint_steps(self._run)
+        newest = steps[0] if steps else 0
+        said = re.search(r"step (\d+):", attempt.cause)
+        step = int(said[1]) if said else reached(self._run, attempt.number)
+        note_crash(self._run, attempt.number, attempt.cause, 0, diverged_at=step)
+        tried = rollbacks_in_a_row(events, newest)
+        if len(tried) >= limits.max_rollbacks:
+            where = ", ".join(str(each["to"]) for each in tried)
+            eased = f" with the learning rate times {limits.lr_factor}" if limits.lr_factor < 1 \
+                else " on the same course"
+            back = f"; tried again from step {where}{eased}" if tried else ""
+            return (f"{attempt.cause}{back}. The run diverges by itself: resume with "
+                    "divergence.lr_factor=0.5, or start another with a lower optimizer.lr, more "
+                    "schedule.warmup_steps or optimizer.clip_norm")
+        # One checkpoint further back each time: the newest may already carry what went wrong.
+        to = steps[min(len(tried), len(steps) - 1)] if steps else 0
+        until = step + limits.lr_steps if limits.lr_factor < 1 else 0
+        add_rollback(self._run, Rollback(step, to, limits.lr_factor, until))
+        self._record("rolled_back", attempt=attempt.number, diverged_at=step, to=to,
+                     checkpoint=newest, lr_factor=limits.lr_factor, until=until)
+        return ""
+
     def _attempt(self) -> Attempt:
         """Start all workers and wait until all have ended."""
         place, world = self._place, self._config.world
-        number = last_attempt(read_events(self._run)) + 1
+        events = read_events(self._run)
+        number = last_attempt(events) + 1
+        # Where a pace that was learned too early has ended attempts in vain, `hang_s` alone counts.
+        adaptive = (restarts_without_progress(events)
+                    < min(2, self._config.launch.max_restarts))
         address = address_of_leader(*place.names[:2]) if len(place.names) > 1 else "127.0.0.1"
         port = free_port(address)
         attempt = Attempt(number, world)
         before = reached(self._run, number - 1)
-        self._tell(attempt, {"do": "start", "attempt": number, "address": address, "port": port})
+        self._tell(attempt, {"do": "start", "attempt": number, "address": address, "port": port,
+                             "adaptive": adaptive})
         echoed = self._echo_from()
-        pids = self._workers.start(number, world, address, port)
+        pids = self._workers.start(number, world, address, port, adaptive=adaptive)
         self._record("attempt", attempt=number, step=checkpoint_step(self._run), reached=before,
                      ranks=world, address=address, port=port, pids=list(pids.values()))
         kill_at = float("inf")
@@ -208,6 +255,9 @@ class Supervisor:
             self._collect(attempt)
             echoed = self._echo_more(echoed)
             now = time.monotonic()
+            if self._superseded():
+                self._workers.kill()
+                return attempt
             troubled = attempt.failures or attempt.trouble
             if troubled and kill_at == float("inf"):
                 if attempt.hang:
@@ -288,12 +338,19 @@ class Supervisor:
         """Why the workers should save and leave, or ""."""
         if self._signals.received:
             return self._signals.received[0].name
+        return "stop request" if self._look("stop") and self._run.stop_request.exists() else ""
+
+    def _superseded(self) -> bool:
+        """Whether a later incarnation has taken the run over."""
+        return self._look("lease") and holder(self._run) != self._owner
+
+    def _look(self, what: str) -> bool:
+        """Whether it is time to look again."""
         now = time.monotonic()
-        if now - self._stop_seen_at > 0.5:  # the folder may be a network's
-            self._stop_seen_at = now
-            if self._run.stop_request.exists():
-                return "stop request"
-        return ""
+        if now - self._looked_at[what] < LOOK_S:
+            return False
+        self._looked_at[what] = now
+        return True
 
     def _save_limit_s(self, why: str) -> float:
         """How long saving may take: within SLURM's patience, else as long as a step may take."""
@@ -373,7 +430,7 @@ def supervise_here(run: RunPaths) -> int:
     outcome = Supervisor(run, config, place, echo=sys.stderr.buffer).run()
     if outcome.kind == "failed":
         log.error("failed: %s", outcome.cause)
-        return BAD_INPUT if outcome.code == BAD_INPUT else 1
+        return outcome.code if outcome.code in (BAD_INPUT, DIVERGED) else 1
     if outcome.kind == "stopped":
         log.warning("stopped; the same command, or `resnet-dist resume %s`, continues", run.name)
     return 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
 import re
 import signal
@@ -20,11 +21,19 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from launcher.memory import limit_text, oom_kills
+from resnet_dist.lease import OWNER
 from resnet_dist.paths import RunPaths
+
+log = logging.getLogger(__name__)
 
 FINISHED, CRASHED, BAD_INPUT, DIVERGED, SAVED = 0, 1, 2, 3, 75
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 RESEND_S = 0.5
+START_S = 180.0  # a rank that has not made a sign of life yet may be importing from a slow disk
+# Silence that is suspicious once a rank's pace is known: so many times its longest pause, and not
+# below FLOOR_S. `hang_s` bounds both.
+PAUSES, FLOOR_S, KNOWN_BEATS = 10.0, 60.0, 20
 _ERROR_LINE = re.compile(r"[\w.]*(Error|Exception|Interrupt|Exit|Diverged|Warning)\b")
 _LOG_PREFIX = re.compile(r"^[-\d]{10} [\d:,.]+ rank \d+: ")
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -44,6 +53,33 @@ class Exit:
         return self.code not in (FINISHED, SAVED)
 
 
+@dataclass
+class Pulse:
+    """The signs of life of one rank, on this machine's clock."""
+
+    last: int  # the newest sign's time as its file has it; only changes matter
+    since: float  # when it was seen to be new
+    beats: int = 0
+    longest_s: float = 0.0  # pause between two signs
+    warned: bool = False
+
+    def feel(self, beat: int, now: float) -> None:
+        if beat == self.last:
+            return
+        if self.beats:
+            self.longest_s = max(self.longest_s, now - self.since)
+        self.last, self.since, self.warned = beat, now, False
+        self.beats += 1
+
+    def limit_s(self, hang_s: float, *, adaptive: bool) -> float:
+        """Silence after which the rank counts as hung."""
+        if not self.beats:
+            return max(hang_s, START_S)
+        if not adaptive or self.beats < KNOWN_BEATS:
+            return hang_s
+        return min(hang_s, max(FLOOR_S, PAUSES * self.longest_s))
+
+
 def train_command(run: RunPaths) -> list[str]:
     return [sys.executable, "-m", "resnet_dist.train", str(run.root)]
 
@@ -53,7 +89,7 @@ class Workers:
 
     Args:
         command: what one rank runs; its place in the world is in its environment.
-        hang_s: seconds without a step after which `hung` names a rank.
+        hang_s: seconds without a sign of life after which `hung` names a rank, at the latest.
     """
 
     def __init__(self, run: RunPaths, command: Sequence[str], *, node: int, ranks_per_node: int,
@@ -62,7 +98,10 @@ class Workers:
         self._first, self._count = node * ranks_per_node, ranks_per_node
         self._running: dict[int, subprocess.Popen[bytes]] = {}
         self._log_start: dict[int, int] = {}
-        self._alive_at: dict[int, tuple[int, float]] = {}  # heartbeat's time, when that was new
+        self._pulses: dict[int, Pulse] = {}
+        self._adaptive = True
+        self._oom_kills = 0
+        self.owner: str | None = None  # the lease under which the ranks may commit
         self._stopping = False
         self._resend_at = 0.0
 
@@ -70,10 +109,16 @@ class Workers:
     def running(self) -> int:
         return len(self._running)
 
-    def start(self, attempt: int, world: int, address: str, port: int) -> dict[int, int]:
-        """Start all ranks of this node; their pids by rank."""
+    def start(self, attempt: int, world: int, address: str, port: int, *,
+              adaptive: bool = True) -> dict[int, int]:
+        """Start all ranks of this node; their pids by rank.
+
+        adaptive: a rank's own pace decides what is a hang; else `hang_s` alone, which is for the
+        attempt after one that brought nothing.
+        """
         assert not self._running, "workers of the attempt before still run"
-        self._stopping = False
+        self._stopping, self._adaptive = False, adaptive
+        self._oom_kills = oom_kills()
         self._run.logs.mkdir(exist_ok=True)
         self._run.heartbeats.mkdir(exist_ok=True)
         for local in range(self._count):
@@ -85,12 +130,14 @@ class Workers:
                 "RESNET_DIST_ATTEMPT": str(attempt), "PYTHONUNBUFFERED": "1",
                 "PYTHONFAULTHANDLER": "1",  # SIGABRT then writes every thread's stack
             }
+            if self.owner is not None:
+                environment[OWNER] = self.owner
             with open(self._run.rank_log(rank), "ab") as output:
                 self._log_start[rank] = output.seek(0, os.SEEK_END)
                 self._running[rank] = subprocess.Popen(
                     self._command, env=environment, stdin=subprocess.DEVNULL, stdout=output,
                     stderr=subprocess.STDOUT, process_group=0, preexec_fn=_tie_to(os.getpid()))
-            self._alive_at[rank] = (self._beat(rank), time.monotonic())
+            self._pulses[rank] = Pulse(self._beat(rank), time.monotonic())
         return {rank: process.pid for rank, process in self._running.items()}
 
     def poll(self) -> list[Exit]:
@@ -114,6 +161,7 @@ class Workers:
     def abort(self) -> None:
         """Let every worker write the stacks of its threads to its log, and end."""
         self._signal(signal.SIGABRT)
+        self._signal(signal.SIGCONT)  # one that is stopped would never get to it
 
     def kill(self) -> list[Exit]:
         """End every worker at once and wait for it."""
@@ -132,11 +180,15 @@ class Workers:
         """
         now, silent = time.monotonic(), []
         for rank in self._running:
-            beat, (last, since) = self._beat(rank), self._alive_at[rank]
-            if beat != last:
-                self._alive_at[rank] = (beat, now)
-            elif now - since > self._hang_s:
-                silent.append((rank, now - since))
+            pulse = self._pulses[rank]
+            pulse.feel(self._beat(rank), now)
+            limit_s = pulse.limit_s(self._hang_s, adaptive=self._adaptive)
+            if now - pulse.since > limit_s:
+                silent.append((rank, now - pulse.since))
+            elif now - pulse.since > limit_s / 3 and not pulse.warned and pulse.beats:
+                pulse.warned = True
+                log.warning("rank %d made no step for %.0f s; it will be ended after %.0f s", rank,
+                            now - pulse.since, limit_s)
         return silent
 
     def _beat(self, rank: int) -> int:
@@ -153,6 +205,8 @@ class Workers:
         """One line: the signal that ended the worker, or the last error in its log."""
         if code in (FINISHED, SAVED):
             return ""
+        if code == -signal.SIGKILL and oom_kills() > self._oom_kills:
+            return f"ended by SIGKILL: out of memory{limit_text()}"
         if code < 0:
             try:
                 return f"ended by {signal.Signals(-code).name}"
@@ -178,6 +232,8 @@ def _tie_to(supervisor: int):  # type: ignore[no-untyped-def]
         _LIBC.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
         if os.getppid() != supervisor:  # it ended before the line above
             os._exit(CRASHED)
+        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
+            score.write("500")  # the kernel shall take a rank, which is restarted, not us
         # SLURM may signal workers directly, long before they are ready for it.
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)

@@ -21,7 +21,8 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,12 @@ import safetensors.torch
 from torch import Tensor
 
 from resnet_dist.paths import CheckpointPaths, RunPaths
+from resnet_dist.rollback import Rollback, given_up
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
+Fence = Callable[[], AbstractContextManager[None]]
 _PARTS = ("model", "optimizer", "ranks")
 
 
@@ -73,11 +76,11 @@ class CheckpointWriter:
     Args:
         keep_last: how many of the newest checkpoints stay.
         keep_every_steps: those at multiples of this stay too, for good; None: none do.
-        fence: called right before the commit; it raises to refuse it, e.g. because another job owns
-            the run by now.
+        fence: entered for the commit; it raises to refuse it, e.g. because another job owns the run
+            by now.
     """
 
-    def __init__(self, run: RunPaths, keep_last: int, fence: Callable[[], None] | None = None,
+    def __init__(self, run: RunPaths, keep_last: int, fence: Fence = nullcontext,
                  keep_every_steps: int | None = None) -> None:
         self._run, self._fence = run, fence
         self._keep_last, self._keep_every_steps = keep_last, keep_every_steps
@@ -132,7 +135,7 @@ class CheckpointWriter:
 
 
 def write(run: RunPaths, step: int, state: EngineState, meta: dict[str, Any],
-          fence: Callable[[], None] | None = None) -> int:
+          fence: Fence = nullcontext) -> int:
     """Write and commit one checkpoint, in the calling thread; its size in bytes.
 
     Raises: OSError where the disk fails; nothing with a checkpoint's name has changed then.
@@ -156,14 +159,13 @@ def write(run: RunPaths, step: int, state: EngineState, meta: dict[str, Any],
         record["sha256"] = _record_hash(record)
         _write_durably(aside.state, json.dumps(record, indent=1).encode())
         _sync_directory(aside.root)
-        if fence is not None:
-            fence()
-        if final.root.exists():
-            # Same step again, e.g. after rolling back past it. Two renames; `clean` puts the old
-            # one back if a kill falls between them.
-            os.rename(final.root, run.checkpoints / f".old-{final.root.name}")
-        os.rename(aside.root, final.root)
-        _sync_directory(run.checkpoints)
+        with fence():
+            if final.root.exists():
+                # Same step again, e.g. after rolling back past it. Two renames; `clean` puts the
+                # old one back if a kill falls between them.
+                os.rename(final.root, run.checkpoints / f".old-{final.root.name}")
+            os.rename(aside.root, final.root)
+            _sync_directory(run.checkpoints)
     except BaseException:
         shutil.rmtree(aside.root, ignore_errors=True)
         raise
@@ -180,11 +182,21 @@ def retain(run: RunPaths, keep_last: int, keep_every_steps: int | None = None,
             _discard(run, paths)
 
 
-def discard_after(run: RunPaths, step: int) -> None:
-    """Delete checkpoints later than `step`, for a run that goes back to it on purpose."""
+def discard_given_up(run: RunPaths, rollbacks: Sequence[Rollback]) -> None:
+    """Delete checkpoints of a course that was given up, once there is a valid one to go on from."""
     for paths in run.checkpoints_on_disk():
-        if paths.step > step:
+        if _given_up(paths, rollbacks):
+            log.info("removing %s: the run went back beyond it", paths.root)
             _discard(run, paths)
+
+
+def _given_up(paths: CheckpointPaths, rollbacks: Sequence[Rollback]) -> bool:
+    """False for one whose record cannot be read: `newest_valid` names it."""
+    try:
+        known = int(read_record(paths)["meta"].get("rollbacks", 0))
+    except CheckpointError:
+        return False
+    return given_up(rollbacks, paths.step, known)
 
 
 def clean(run: RunPaths) -> None:
@@ -230,15 +242,18 @@ def _record_hash(record: dict[str, Any]) -> str:
 
 # -- Reading ---------------------------------------------------------------------------------------
 
-def newest_valid(run: RunPaths) -> tuple[CheckpointPaths, dict[str, Any]] | None:
+def newest_valid(run: RunPaths, rollbacks: Sequence[Rollback] = ()
+                 ) -> tuple[CheckpointPaths, dict[str, Any]] | None:
     """The newest checkpoint whose every byte is as written, with its record; None without any.
 
-    Damaged ones are skipped and named in the log.
+    Damaged ones are skipped and named in the log; those that `rollbacks` gave up do not count.
     Raises: CheckpointError where there are checkpoints and none is valid: starting again at step 0
     would throw the run away.
     """
     damaged = []
     for paths in run.checkpoints_on_disk():
+        if _given_up(paths, rollbacks):
+            continue
         try:
             return paths, verify(paths)
         except CheckpointError as error:

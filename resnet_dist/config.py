@@ -163,6 +163,15 @@ class CheckpointConfig(Section):
     keep_best: bool = False  # so does the one after the best evaluation
 
 
+@dataclass(frozen=True, kw_only=True)
+class DivergenceConfig(Section):
+    # Rollbacks in a row, each to one checkpoint further back. A replay is exact, so it helps
+    # against faults of the hardware; against a recipe that diverges by itself the rate must change.
+    max_rollbacks: Natural = 3
+    lr_factor: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the rate after each rollback; 1: none
+    lr_steps: Count = 1000  # for so many steps after the one that diverged
+
+
 EVAL_PROTOCOLS = ("1crop", "flip", "10crop", "multiscale")
 
 
@@ -257,6 +266,7 @@ class Config(Section):
     loss: LossConfig = field(default_factory=LossConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_dist.distributed import World, gather_rows
+from resnet_dist.distributed import World, agree_max, gather_rows
 from resnet_dist.judge import Outcomes
 from resnet_dist.views import Views
 
@@ -22,39 +22,57 @@ from resnet_dist.views import Views
 # [n, h, w, 3] on the device for it.
 Member = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 
+
+class Interrupted(Exception):
+    """An evaluation was left because some rank was asked to stop; raised on all ranks."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"asked to stop by signal {number}")
+        self.number = number
+
+
 _COLUMNS = 6  # of one sample's row: id, label, predicted, place, confidence, loss
 
 
 def evaluate(model: Callable[[Tensor], Tensor], normalize: Callable[[Tensor], Tensor],
-             views: Views, world: World) -> Outcomes:
+             views: Views, world: World, asked: Callable[[], int] = lambda: 0) -> Outcomes:
     """What one network makes of every sample of the split.
 
     Args:
         model: in eval mode; maps prepared images [n, 3, h, w] to logits [n, classes].
         normalize: uint8 [n, h, w, 3] on the device -> what the model takes.
         views: this rank's slice; closed on the way out.
+        asked: the number of a signal that asked this rank to stop, else 0.
 
-    Collective. Raises: DataError.
+    Collective. Raises: DataError, Interrupted.
     """
     with views:
-        return predict([(model, normalize)], views, world)
+        return predict([(model, normalize)], views, world, asked)
 
 
-def predict(members: Sequence[Member], views: Views, world: World) -> Outcomes:
+def predict(members: Sequence[Member], views: Views, world: World,
+            asked: Callable[[], int] = lambda: 0) -> Outcomes:
     """What `members` together make of every sample of the split.
 
     Each view of an image passes through each member; the mean of the softmax is the answer. Kept as
     logarithms in float64, so that a very sure network does not underflow. Equal probabilities rank
     by class index. An image whose logits are not numbers is wrong, and its loss is NaN.
 
-    Collective. Raises: RuntimeError where a sample was seen twice or never; DataError.
+    A rank that is asked to stop leaves at its next batch; the ranks agree on it before they share
+    what they found, because their slices may have unlike numbers of batches.
+
+    Collective. Raises: RuntimeError where a sample was seen twice or never; DataError; Interrupted.
     """
     rows = []
     with torch.inference_mode():
         for group in views:
+            if asked():
+                break
             labels = group.labels.to(world.device, non_blocking=True)
             scores = mean_log_probabilities(members, group.images, len(labels), world.device)
             rows.append(_outcome_rows(group.sample_ids.to(world.device), labels, scores))
+    if number := agree_max(asked(), world):
+        raise Interrupted(number)
     return _gather(rows, views.num_samples, world)
 
 

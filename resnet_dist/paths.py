@@ -109,6 +109,16 @@ class RunPaths:
         return self.root / "lease"
 
     @property
+    def commit_lock(self) -> Path:
+        """Held while a checkpoint is committed, and while the lease changes hands."""
+        return self.root / "commit_lock"
+
+    @property
+    def rollbacks(self) -> Path:
+        """Where the run went back because it had diverged."""
+        return self.root / "rollbacks.json"
+
+    @property
     def heartbeats(self) -> Path:
         """One file a rank; its modification time is the rank's last completed step."""
         return self.root / "heartbeats"

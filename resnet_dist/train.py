@@ -11,12 +11,13 @@ crash, which the supervisor answers with a restart from the newest checkpoint.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import platform
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -36,6 +37,7 @@ from resnet_dist.checkpoint import (
     CheckpointWriter,
     Saved,
     clean,
+    discard_given_up,
     load,
     newest_valid,
 )
@@ -48,15 +50,17 @@ from resnet_dist.data.random import sample_keys
 from resnet_dist.distributed import World, broadcast_int, init_world, shutdown
 from resnet_dist.engine import make_engine
 from resnet_dist.engine_core import Engine
-from resnet_dist.evaluate import evaluate
+from resnet_dist.evaluate import Interrupted, evaluate
 from resnet_dist.gauges import Gauges
 from resnet_dist.introduce import introduce
 from resnet_dist.judge import scores
+from resnet_dist.lease import OWNER, commit_right, holder
 from resnet_dist.metrics import Metrics
 from resnet_dist.optim import Observed, lr_at
 from resnet_dist.panels import FirstImages, Panels
 from resnet_dist.paths import RunPaths
 from resnet_dist.preemption import SignalFlag
+from resnet_dist.rollback import Rollback, eased, read_rollbacks
 from resnet_dist.rules import world_problems
 from resnet_dist.trace import Trace
 
@@ -66,7 +70,7 @@ FINISHED, CRASHED, BAD_INPUT, DIVERGED, SAVED = 0, 1, 2, 3, 75
 
 
 class Diverged(Exception):
-    """Loss, weights or momentum are no longer numbers; nothing of it was saved."""
+    """Loss, weights or momentum are no longer numbers; nothing of it is saved."""
 
 
 def train(run: RunPaths, config: Config, world: World, signals: SignalFlag) -> int:
@@ -79,14 +83,17 @@ def train(run: RunPaths, config: Config, world: World, signals: SignalFlag) -> i
     build = model_of if run.checkpoints_on_disk() else fresh_model
     engine = make_engine(build(config, manifest), config, world,
                          normalization_of(config, manifest))
-    step, seen = restore(run, engine, world)
-    resumed = step
+    rollbacks = read_rollbacks(run)
+    step, seen, due = restore(run, engine, world, rollbacks)
+    resumed, pending = step, due
     metrics = Metrics(run, step) if world.rank == 0 else None
     writer = checkpoint_writer(run, config) if world.rank == 0 else None
     panels = Panels(metrics, config, manifest) if metrics else None
     trace = Trace(config.profile, run, metrics, step, world.device) if metrics else None
-    log.info("%s: %d ranks, %d steps of %d images",
-             f"resumed at step {step}" if step else "started", world.size, config.steps,
+    note = f"resumed at step {step}" if step else "started"
+    if rollbacks and step <= rollbacks[-1].diverged_at:
+        note += f", back from a divergence at step {rollbacks[-1].diverged_at}"
+    log.info("%s: %d ranks, %d steps of %d images", note, world.size, config.steps,
              config.batch_size)
     if metrics:
         introduce(metrics, run, config, step, world.size)
@@ -95,52 +102,60 @@ def train(run: RunPaths, config: Config, world: World, signals: SignalFlag) -> i
     stop, clock, heart, gauges = 0, Clock(step), Heart(run, world), Gauges(world.device)
     with train_loader(config, world, step, partial(heart.beat, step)) as loader:
         batches = iter(loader)
-        while step < config.steps and not stop:
-            with clock.waiting():
-                batch = next(batches)
-            assert batch.step == step
-            lr = lr_at(config.schedule, config.optimizer.lr, step, config.steps, seen)
-            keys = torch.from_numpy(sample_keys(config.seed, batch.epochs, batch.sample_ids))
-            mix = mixer(config.augment, config.seed, step, first_image, config.bn_batch or 1)
-            if trace:
-                trace.before(step, clock)
-            engine.train_step(batch.images, batch.labels, keys, lr, mix)
-            step += 1
-            heart.beat(step)
-            stop = signals.should_stop(world)
+        while not stop and (due or step < config.steps):
+            if not due:  # an evaluation that a signal cut short comes before the next step
+                with clock.waiting():
+                    batch = next(batches)
+                assert batch.step == step
+                lr = lr_at(config.schedule, config.optimizer.lr, step, config.steps, seen)
+                lr *= eased(rollbacks, step)
+                keys = torch.from_numpy(sample_keys(config.seed, batch.epochs, batch.sample_ids))
+                mix = mixer(config.augment, config.seed, step, first_image, config.bn_batch or 1)
+                if trace:
+                    trace.before(step, clock)
+                engine.train_step(batch.images, batch.labels, keys, lr, mix)
+                step += 1
+                heart.beat(step)
+                stop = signals.should_stop(world)
             last = step == config.steps
 
-            if last or step % config.log.every_steps == 0:
+            if not due and (last or step % config.log.every_steps == 0):
                 values = engine.read_window() | engine.norms()
+                if not math.isfinite(values["loss"]):
+                    raise Diverged(f"step {step}: the loss is not finite")
                 seen = seen.trained(step, 100 - values["top1"], config.schedule)
                 if metrics:
                     speed = clock.speed(step, config.batch_size, engine.communication())
                     metrics.write("train", step, {**values, "lr": lr, **speed, **gauges.read()})
                 clock.restart(step)
-            if panels and panels.due(step):
+            if panels and not due and panels.due(step):
                 with clock.paused():
                     panels.training(step, batch, mix, engine)
-            if last and config.bn_refresh_steps:
+            if last and not due and config.bn_refresh_steps:
                 engine.refresh_bn(further(batches, config.bn_refresh_steps,
                                           partial(heart.beat, step)))
-            if last or step % config.eval.every_steps == 0:
-                with clock.paused():
-                    result = validate(engine, config, world, partial(heart.beat, step), panels,
-                                      step)
-                seen = seen.validated(step, 100 - result["top1"])
-                if metrics:
-                    metrics.write("val", step, result)
-                log.info("step %d: validation top-1 %.2f%%", step, result["top1"])
+            due = due or last or step % config.eval.every_steps == 0
+            if due and not stop:
+                try:
+                    with clock.paused():
+                        result = validate(engine, config, world, partial(heart.beat, step), signals,
+                                          panels, step)
+                    due, seen = False, seen.validated(step, 100 - result["top1"])
+                    if metrics:
+                        metrics.write("val", step, result)
+                    log.info("step %d: validation top-1 %.2f%%", step, result["top1"])
+                except Interrupted as request:
+                    stop = request.number
             if last or stop or step % config.checkpoint.every_steps == 0:
                 if not engine.finite():
-                    raise Diverged(f"step {step}: loss or weights are not finite; "
-                                   "nothing since the last checkpoint was saved")
+                    raise Diverged(f"step {step}: loss or weights are not finite")
                 state = engine.state()
                 if metrics and writer:
                     metrics.flush()
                     if config.checkpoint.keep_best:
                         writer.best_step = best_checkpoint(run, seen, step)
-                    writer.save(step, state, describe(config, manifest, world, seen))
+                    writer.save(step, state, {**describe(config, manifest, world, seen),
+                                              "rollbacks": len(rollbacks), "evaluation_due": due})
             if writer:
                 report(writer.finished(), metrics)
     if trace:
@@ -148,31 +163,34 @@ def train(run: RunPaths, config: Config, world: World, signals: SignalFlag) -> i
     signals.settle()
     if writer and metrics:
         # The last state must be on disk before anyone is told so.
-        if step > resumed and report(writer.wait(), metrics) != step:
+        if (pending or step > resumed) and report(writer.wait(), metrics) != step:
             raise OSError(f"step {step}: the last checkpoint could not be written")
         metrics.close()
-    if stop and step < config.steps:
+    if stop and (due or step < config.steps):
         log.info("saved at step %d because of signal %d", step, stop)
         return SAVED
     return FINISHED
 
 
-def restore(run: RunPaths, engine: Engine, world: World) -> tuple[int, Observed]:
-    """Load the newest valid checkpoint, where there is one: its step, and what was seen until then.
+def restore(run: RunPaths, engine: Engine, world: World,
+            rollbacks: Sequence[Rollback]) -> tuple[int, Observed, bool]:
+    """Load the newest valid checkpoint, where there is one.
 
+    Returns: its step, what was seen until then, and whether the evaluation at it is still due.
     Rank 0 chooses; every rank reads and hashes what it loads. Collective. Raises: CheckpointError.
     """
     step = 0
     if world.rank == 0:
         clean(run)
-        found = newest_valid(run)
+        found = newest_valid(run, rollbacks)
         step = found[0].step if found else 0
+        discard_given_up(run, rollbacks)
     step = broadcast_int(step, world)
     if not step:
-        return 0, Observed()
+        return 0, Observed(), False
     state, meta = load(run.checkpoint(step))
     engine.load(state)
-    return step, Observed.from_meta(meta["observed"])
+    return step, Observed.from_meta(meta["observed"]), meta.get("evaluation_due", False)
 
 
 def further(batches: Iterator[Batch], count: int,
@@ -185,15 +203,8 @@ def further(batches: Iterator[Batch], count: int,
 
 def checkpoint_writer(run: RunPaths, config: Config) -> CheckpointWriter:
     """A writer that refuses to commit once another job has taken the run over."""
-    def owner() -> str:
-        return run.lease.read_text() if run.lease.exists() else ""
-
-    def fence() -> None:
-        if owner() != mine:
-            raise OSError(f"{run.root} is run by {owner().strip()} now")
-
-    mine = owner()
-    return CheckpointWriter(run, config.checkpoint.keep_last, fence,
+    mine = os.environ.get(OWNER, holder(run))  # without a supervisor: nobody's, or whoever holds it
+    return CheckpointWriter(run, config.checkpoint.keep_last, partial(commit_right, run, mine),
                             config.checkpoint.keep_every_steps)
 
 
@@ -207,24 +218,28 @@ def best_checkpoint(run: RunPaths, seen: Observed, step: int) -> int | None:
 
 
 def validate(engine: Engine, config: Config, world: World, alive: Callable[[], None],
-             panels: Panels | None, step: int) -> dict[str, float]:
+             signals: SignalFlag, panels: Panels | None, step: int) -> dict[str, float]:
     """Accuracy now; of the averaged weights too, as ema_..., where the run keeps them. Collective.
 
     Leaves no trace in the run's bits. `alive` is called for every batch.
+    Raises: Interrupted, on all ranks, soon after one of them received a stop signal; DataError.
     """
+    def asked() -> int:
+        return signals.received
+
     def normalize(images: torch.Tensor) -> torch.Tensor:
         alive()
         return engine.normalize(images)
 
     first = FirstImages(normalize)
     with engine.eval_model() as model:
-        outcomes = evaluate(model, first, eval_loader(config, world), world)
+        outcomes = evaluate(model, first, eval_loader(config, world), world, asked)
         if panels and panels.due_with_validation(step):
             panels.validated(step, outcomes, model, first.kept)
     result = scores(outcomes)
     if config.ema.decay is not None:
         with engine.eval_model(ema=True) as model:
-            averaged = scores(evaluate(model, normalize, eval_loader(config, world), world))
+            averaged = scores(evaluate(model, normalize, eval_loader(config, world), world, asked))
         result |= {f"ema_{key}": value for key, value in averaged.items() if key != "samples"}
     return result
 

@@ -43,7 +43,7 @@ def work(root: Path) -> int:
         temporary.write_text(f"{attempt} {step}\n")
         temporary.rename(root / "heartbeats" / f"rank_{rank:04d}")
         if step == fault.get("step"):
-            misbehave(fault["do"])
+            misbehave(fault["do"], step)
         stop = bool(asked)
         if rank == 0 and (stop or step % 10 == 0 or step == plan["steps"]):
             commit(root / "checkpoints" / f"step_{step:08d}", step)
@@ -57,7 +57,7 @@ def commit(folder: Path, step: int) -> None:
     (folder / "state.json").write_text(json.dumps({"step": step}))
 
 
-def misbehave(what: str) -> None:
+def misbehave(what: str, step: int) -> None:
     match what:
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -67,7 +67,7 @@ def misbehave(what: str) -> None:
             print("batch_size = 7: must divide", file=sys.stderr)
             sys.exit(2)
         case "diverge":
-            print("step 12: loss is not finite", file=sys.stderr)
+            print(f"step {step}: loss is not finite", file=sys.stderr)
             sys.exit(3)
         case "leave":
             sys.exit(75)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from resnet_dist import checkpoint
 from resnet_dist.checkpoint import CheckpointError, CheckpointWriter, EngineState
 from resnet_dist.paths import RunPaths
+from resnet_dist.rollback import Rollback
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -201,8 +203,10 @@ def test_a_full_disk_alarms_and_harms_nothing(tmp_path: Path) -> None:
 def test_a_fence_that_refuses_leaves_the_run_as_it_was(run: RunPaths) -> None:
     checkpoint.write(run, 1, make_state(1), {})
 
-    def fence() -> None:
+    @contextmanager
+    def fence() -> Iterator[None]:
         raise CheckpointError("job 42 owns this run by now")
+        yield
 
     writer = CheckpointWriter(run, keep_last=1, fence=fence)
     writer.save(2, make_state(2), {})
@@ -226,11 +230,29 @@ def test_a_replacement_cut_short_is_undone_at_the_next_start(run: RunPaths) -> N
     assert os.listdir(run.checkpoints) == ["step_00000001"]
 
 
-def test_going_back_drops_what_came_later(run: RunPaths) -> None:
+def test_going_back_drops_what_came_later_and_keeps_what_is_made_again(run: RunPaths) -> None:
     for step in (1, 2, 3):
         checkpoint.write(run, step, make_state(step), {})
-    checkpoint.discard_after(run, 2)
+    back = [Rollback(diverged_at=4, to=2)]
+    found = checkpoint.newest_valid(run, back)
+    assert found is not None
+    assert found[0].step == 2
+    checkpoint.discard_given_up(run, back)
     assert sorted(os.listdir(run.checkpoints)) == ["step_00000001", "step_00000002"]
+    checkpoint.write(run, 3, make_state(3), {"rollbacks": 1})
+    checkpoint.discard_given_up(run, back)
+    again = checkpoint.newest_valid(run, back)
+    assert again is not None
+    assert again[0].step == 3
+
+
+def test_going_back_to_a_damaged_checkpoint_goes_further_back(run: RunPaths) -> None:
+    for step in (1, 2, 3):
+        checkpoint.write(run, step, make_state(step), {})
+    run.checkpoint(2).model.write_bytes(b"torn")
+    found = checkpoint.newest_valid(run, [Rollback(diverged_at=4, to=2)])
+    assert found is not None
+    assert found[0].step == 1
 
 
 def test_the_caller_learns_at_once_that_meta_is_not_plain_data(run: RunPaths) -> None:

@@ -15,9 +15,13 @@ import psutil
 import pytest
 
 from launcher.events import Event, read_events, redone_steps
+from launcher.incarnation import Place, lease
 from launcher.submit import prepare
+from launcher.workers import Pulse, Workers
 from resnet_dist.config import load_frozen
+from resnet_dist.lease import commit_right, holder
 from resnet_dist.paths import RunPaths
+from resnet_dist.rollback import Rollback, read_rollbacks
 
 sys.path.insert(0, str(Path(__file__).parent))
 import launcher_stand_in as stand_in
@@ -114,14 +118,81 @@ def test_crashes_with_progress_between_them_never_end_a_run(tmp_path, start):
     assert len([e for e in read_events(run) if e["event"] == "crashed"]) == 5
 
 
-@pytest.mark.parametrize(("what", "cause"), [
-    ("bad input", "rank 0: batch_size = 7: must divide"),
-    ("diverge", "rank 0: step 12: loss is not finite")])
-def test_what_would_only_happen_again_is_not_restarted(tmp_path, start, what, cause):
+def test_what_would_only_happen_again_is_not_restarted(tmp_path, start):
     run, _ = stand_in.make_run(tmp_path / "run",
-                               faults={"*": {"rank": 0, "step": 3, "do": what}})
-    assert start(run).outcome() == ["failed", cause]
+                               faults={"*": {"rank": 0, "step": 3, "do": "bad input"}})
+    assert start(run).outcome() == ["failed", "rank 0: batch_size = 7: must divide"]
     assert len([e for e in read_events(run) if e["event"] == "attempt"]) == 1
+
+
+def test_a_divergence_goes_back_further_each_time_and_ends_with_what_was_tried(tmp_path, start):
+    run, _ = stand_in.make_run(tmp_path / "run", ranks=1, max_restarts=0,
+                               faults={"*": {"rank": 0, "step": 34, "do": "diverge"}})
+    kind, cause = start(run).outcome()
+    assert kind == "failed"
+    assert cause.startswith("rank 0: step 34: loss is not finite; tried again from step 30, 20, 10 "
+                            "on the same course. The run diverges by itself: ")
+    assert read_rollbacks(run) == (Rollback(34, 30), Rollback(34, 20), Rollback(34, 10))
+
+
+def test_divergences_with_progress_between_them_never_end_a_run(tmp_path, start):
+    run, _ = stand_in.make_run(
+        tmp_path / "run", steps=70, ranks=1, max_restarts=0,
+        faults={str(n): {"rank": 0, "step": 10 * n + 2, "do": "diverge"} for n in range(1, 6)})
+    assert start(run).outcome() == ["finished", ""]
+    assert [r.to for r in read_rollbacks(run)] == [10, 20, 30, 40, 50]
+
+
+def test_a_memory_kill_is_named(tmp_path, monkeypatch):
+    """The kernel's count of such kills is what tells it from any other SIGKILL."""
+    kills = iter([3, 3, 4])
+    monkeypatch.setattr("launcher.workers.oom_kills", lambda: next(kills))
+    run, _ = stand_in.make_run(tmp_path / "run", ranks=2)
+    workers = Workers(run, [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], node=0,
+                      ranks_per_node=2, hang_s=1)
+    workers.start(1, 2, "127.0.0.1", 1)
+    exits = []
+    while len(exits) < 2:
+        exits += workers.poll()
+    assert exits[0].reason == "ended by SIGKILL"
+    assert exits[1].reason.startswith("ended by SIGKILL: out of memory")
+
+
+def test_what_counts_as_a_hang_follows_the_ranks_own_pace():
+    pulse = Pulse(last=0, since=0.0)
+    assert pulse.limit_s(600, adaptive=True) == 600, "it may still be importing"
+    assert pulse.limit_s(5, adaptive=True) > 60
+    for beat in range(1, 30):
+        pulse.feel(beat, 0.2 * beat)
+    assert pulse.limit_s(600, adaptive=True) == 60, "300 times its pace"
+    assert pulse.limit_s(20, adaptive=True) == 20
+    assert pulse.limit_s(600, adaptive=False) == 600
+    pulse.feel(30, pulse.since + 12)  # an evaluation, say
+    assert pulse.limit_s(600, adaptive=True) == pytest.approx(120)
+
+
+def test_a_later_incarnation_takes_the_run_over_from_one_that_slurm_gave_up(tmp_path, start):
+    run, _ = stand_in.make_run(tmp_path / "run", steps=2000, ranks=1)
+    prepare(run)
+    old = start(run, where="slurm", job="7", restart=0)
+    old.wait_for_step(15)
+    new = start(run, where="slurm", job="7", restart=1)
+    assert old.outcome() == ["superseded", holder(run)]
+    assert holder(run).startswith(f"slurm job 7.1, pid {new.process.pid} on ")
+    new.wait(lambda: len(new.events("attempt")) == 2)
+    assert [e["event"] for e in new.events() if e["event"] in ("failed", "stopped")] == []
+    new.process.send_signal(signal.SIGKILL)
+
+
+def test_a_commit_under_a_lease_that_changed_hands_is_refused(tmp_path):
+    run = RunPaths(tmp_path)
+    with lease(run, Place("slurm", "7", 0)) as mine:
+        with commit_right(run, mine):
+            pass
+        run.lease.write_text("slurm job 7.1, pid 1 on other\n")
+        with pytest.raises(OSError, match=r"run by slurm job 7\.1.*not by slurm job 7\.0"):
+            with commit_right(run, mine):
+                pytest.fail("entered")
 
 
 def test_workers_that_leave_unasked_cannot_loop_for_ever(tmp_path, start):
