@@ -24,7 +24,9 @@ setup(
         ),
         Extension(
             "data_prep._native",
-            sources=["data_prep/native/jpeg.cpp"],
+            sources=[f"data_prep/native/{name}.cpp"
+                     for name in ("inspect", "pixels", "reencode", "restarts")],
+            depends=["data_prep/native/shrink.h", "data_prep/native/strict.h"],
             language="c++",
             libraries=["jpeg"],
             extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra",

@@ -71,6 +71,10 @@ def encode(raw: bytes | np.ndarray, encoding: Encoding, name: str) -> Encoded:
             fits = size == (header.width, header.height)
             if encoding.keep and fits and upright and header.is_common and not as_raw:
                 return Encoded(MODE_JPEG, *size, jpeg.with_restarts(raw))
+            if upright and not as_raw and header.components == 3:
+                again = jpeg.reencode(raw, *size, encoding.quality)
+                if again is not None:
+                    return Encoded(MODE_JPEG, *size, again)
             pixels = _decode_jpeg(raw, header, size)
             if not upright:
                 pixels = _turned(pixels, header.orientation)

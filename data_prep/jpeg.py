@@ -1,6 +1,6 @@
 """The native JPEG functions as Python ones: bytes and arrays in, bytes and arrays out.
 
-They hold no Python lock while they work. `native/jpeg.cpp` has the contracts.
+They hold no Python lock while they work. `native/*.cpp` have the contracts.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from PIL import Image
 
 ORIENTATION_TAG = 0x0112
 _MESSAGE = 256
+_NOT_PLAIN = -2  # kNotPlain of native/strict.h
 
 
 class JpegError(ValueError):
@@ -41,7 +42,7 @@ def _library() -> ctypes.CDLL:
         raise ImportError(f"{folder / '_native'}: the native part is not built; run "
                           "`pip install -e .` in the project")
     library = ctypes.CDLL(str(path))
-    for name in ("dp_add_restarts", "dp_transcode", "dp_encode"):
+    for name in ("dp_add_restarts", "dp_transcode", "dp_encode", "dp_reencode"):
         getattr(library, name).restype = c_int64
     for name in ("dp_free", "dp_shrink", "dp_sums"):
         getattr(library, name).restype = None
@@ -131,6 +132,22 @@ def decode(data: bytes, width: int, height: int) -> np.ndarray:
                             out.ctypes.data_as(c_void_p), message, _MESSAGE):
         raise _fail(message)
     return out
+
+
+def reencode(data: bytes, width: int, height: int, quality: int) -> bytes | None:
+    """A JPEG shrunk to (width, height) by averaging areas, as `encode` would store it, without a
+    detour over RGB; None where its colours need one.
+
+    Raises: JpegError as `decode`.
+    """
+    out, message = c_void_p(), ctypes.create_string_buffer(_MESSAGE)
+    size = _library().dp_reencode(data, c_int64(len(data)), c_int(width), c_int(height),
+                                  c_int(quality), byref(out), message, _MESSAGE)
+    if size == _NOT_PLAIN:
+        return None
+    if size < 0:
+        raise _fail(message)
+    return _take(out, size)
 
 
 def check(data: bytes) -> None:

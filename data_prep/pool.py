@@ -37,13 +37,14 @@ class Worker:
             [sys.executable, "-m", "data_prep.worker", str(plan.dst)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
             env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
-        self.shard: ShardId | None = None
+        self.shards: list[ShardId] = []  # given and not finished: at most two
         self.at = ""  # image in hand
         self.heard = time.monotonic()
         self._rest = b""
 
     def give(self, shard: ShardId) -> None:
-        self.shard, self.at, self.heard = shard, "", time.monotonic()
+        self.shards.append(shard)
+        self.at, self.heard = "", time.monotonic()
         assert self.process.stdin
         with suppress(BrokenPipeError):  # its death is noticed on its output
             self.process.stdin.write(f"{shard.split} {shard.index}\n".encode())
@@ -72,6 +73,10 @@ class Worker:
         self.process.stdout.close()
         self.log.close()
 
+    @property
+    def work(self) -> str:
+        return " and ".join(map(str, self.shards))
+
     def last_words(self) -> str:
         self.log.seek(0, os.SEEK_END)
         self.log.seek(max(0, self.log.tell() - 4000))
@@ -90,8 +95,7 @@ def run_shards(plan: Plan, shards: Sequence[ShardId], workers: int,
             assert worker.process.stdout
             ears.register(worker.process.stdout, selectors.EVENT_READ, worker)
             worker.give(next(waiting))
-        busy = len(team)
-        while busy:
+        while any(worker.shards for worker in team):
             for key, _ in ears.select(timeout=1.0):
                 worker = key.data
                 messages = worker.hear()
@@ -102,17 +106,14 @@ def run_shards(plan: Plan, shards: Sequence[ShardId], workers: int,
                         worker.at = message["at"]
                     done(message.get("images", 0))
                     if "error" in message:
-                        raise ConvertError(f"{worker.shard}: {message['error']}")
+                        raise ConvertError(f"{worker.work}: {message['error']}")
                     if message.get("finished"):
-                        following = next(waiting, None)
-                        if following is None:
-                            worker.shard = None
-                            busy -= 1
-                        else:
-                            worker.give(following)
+                        worker.shards.pop(0)
+                    if message.get("ready") and (following := next(waiting, None)) is not None:
+                        worker.give(following)
             for worker in team:
-                if worker.shard and time.monotonic() - worker.heard > HANG_S:
-                    raise ConvertError(f"{worker.shard}: no progress for {HANG_S:.0f} s at image "
+                if worker.shards and time.monotonic() - worker.heard > HANG_S:
+                    raise ConvertError(f"{worker.work}: no progress for {HANG_S:.0f} s at image "
                                        f"{worker.at!r}; the worker was stopped")
 
 
@@ -138,4 +139,4 @@ def _death(worker: Worker) -> str:
     words = worker.last_words()
     where = f" at image {worker.at!r}" if worker.at else ""
     hint = " (the machine may be out of memory: use fewer workers)" if code == -9 else ""
-    return f"{worker.shard}: its worker {how}{where}{hint}" + (f"\n{words}" if words else "")
+    return f"{worker.work}: its worker {how}{where}{hint}" + (f"\n{words}" if words else "")

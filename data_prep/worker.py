@@ -1,7 +1,8 @@
 """A worker process: `python -m data_prep.worker DST`. Shards come in by line, news go out by line.
 
-It ends when its input ends, so it cannot outlive the process that started it for longer than one
-shard, and it writes nothing but shards and records, both atomically.
+While a shard is hashed and written to disk, the next one is encoded, so a worker holds up to two.
+It ends when its input ends, so it cannot outlive the process that started it for longer than that,
+and it writes nothing but shards and records, both atomically.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import logging
 import os
 import sys
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from data_prep.plan import ShardId, load_plan
-from data_prep.shards import convert_shard, encoding_of
+from data_prep.shards import Encoded, encode_shard, encoding_of, save_shard
 from data_prep.sources import open_reader
 from data_prep.tars import SourceError
 
@@ -41,15 +44,27 @@ def main(dst: str) -> int:
             images, said = 0, time.monotonic()
         images += 1
 
-    for line in sys.stdin:
-        split, index = line.split()
-        try:
-            convert_shard(plan, ShardId(split, int(index)), reader, encoding, tick)
-        except (SourceError, OSError, MemoryError) as error:
-            tell(error=f"{type(error).__name__}: {error}")
-            return 1
-        tell(images=images, finished=True)
-        images = 0
+    def save(made: Encoded) -> None:
+        save_shard(plan, made)
+        tell(finished=True)
+
+    with ThreadPoolExecutor(1) as disk:
+        saving: Future[None] | None = None
+        for line in chain(sys.stdin, [""]):
+            try:
+                made = None
+                if line:
+                    split, index = line.split()
+                    made = encode_shard(plan, ShardId(split, int(index)), reader, encoding, tick)
+                    tell(images=images, ready=True)
+                    images = 0
+                if saving is not None:
+                    saving.result()
+                if made is not None:
+                    saving = disk.submit(save, made)
+            except (SourceError, OSError, MemoryError) as error:
+                tell(error=f"{type(error).__name__}: {error}")
+                return 1
     return 0
 
 

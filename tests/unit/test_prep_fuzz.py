@@ -4,6 +4,7 @@ The oracle for "right": Pillow, told to be strict, and libjpeg's own judgement o
 
 from __future__ import annotations
 
+import contextlib
 import io
 import random
 import tarfile
@@ -28,6 +29,10 @@ KEEP = Encoding(image="jpeg", raw_fraction=0.5, longer_side=None, shorter_side=N
                 keep=True, exif="ignore", max_pixels=500_000)
 RAW = Encoding(image="raw", raw_fraction=0.5, longer_side=None, shorter_side=None, quality=90,
                keep=True, exif="ignore", max_pixels=500_000)
+
+
+SHRINK = Encoding(image="jpeg", raw_fraction=0.5, longer_side=40, shorter_side=None, quality=90,
+                  keep=True, exif="ignore", max_pixels=500_000)
 
 
 def seeds() -> list[bytes]:
@@ -65,8 +70,8 @@ def mutated(data: bytes, draw: random.Random) -> bytes:
 
 
 def check_one(data: bytes) -> bool:
-    """Encode in both ways; True where it was usable. Raises where the result is wrong."""
-    kept, raw, why = None, None, ""
+    """Encode in every way; True where it was usable. Raises where the result is wrong."""
+    kept, raw, shrunk, why = None, None, None, ""
     try:
         kept = encode(data, KEEP, "n")
     except Unreadable as error:
@@ -75,6 +80,11 @@ def check_one(data: bytes) -> bool:
         raw = encode(data, RAW, "n")
     except Unreadable:
         assert kept is None, "kept, but cannot be decoded"
+    with contextlib.suppress(Unreadable):
+        shrunk = encode(data, SHRINK, "n")
+    assert (shrunk is None) == (raw is None), "a size limit changes what is readable"
+    if shrunk is not None:
+        jpeg.check(shrunk.data)
     if kept is None or raw is None:
         # Keeping asks for more: every coefficient must be one that a JPEG can hold.
         assert raw is None or "coefficient out of range" in why

@@ -100,6 +100,53 @@ def test_the_longer_and_the_shorter_side_are_limited_without_enlarging():
     assert np.abs(small.astype(int) - reference).mean() < 3  # the DCT does a part of the way
 
 
+def exact_areas(image: np.ndarray, to_w: int, to_h: int) -> np.ndarray:
+    """float64 [to_h, to_w, c]: the mean over the area that each output covers."""
+    def weights(size: int, to: int) -> np.ndarray:
+        edges, cells = np.arange(to + 1) * size / to, np.arange(size)
+        return (np.minimum(edges[1:, None], cells + 1) - np.maximum(edges[:-1, None], cells)
+                ).clip(0) * to / size
+
+    return np.einsum("yh,hwc,xw->yxc", weights(image.shape[0], to_h), image.astype(float),
+                     weights(image.shape[1], to_w), optimize=True)
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    return float(10 * np.log10(255**2 / np.mean((a - b) ** 2)))
+
+
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("extra", [{}, {"progressive": True}, {"restart_marker_blocks": 3}])
+@pytest.mark.parametrize("size", [(121, 77), (100, 64), (61, 39), (7, 4), (1, 1)])
+def test_a_shrunk_jpeg_is_as_good_as_one_by_way_of_rgb(subsampling, extra, size):
+    data = file_bytes(picture(3, 121, 77), quality=90, subsampling=subsampling, **extra)
+    stored = jpeg.reencode(data, *size, 90)
+    assert stored is not None
+    header = jpeg.inspect(stored)
+    assert (header.width, header.height) == size
+    assert header.sampling == ((2, 2), (1, 1), (1, 1))
+    assert restart_rows(stored) == -(-size[1] // 16) - 1
+    exact = exact_areas(opened(data), *size)
+    detour = jpeg.encode(jpeg.decode(data, *size), 90)
+    assert psnr(opened(stored), exact) > psnr(opened(detour), exact) - 0.5
+
+
+def test_colours_that_are_not_ycbcr_are_shrunk_by_way_of_rgb():
+    image = picture(3, 121, 77)
+    for data in (file_bytes(image.convert("L")), file_bytes(image.convert("CMYK")),
+                 file_bytes(image, keep_rgb=True)):
+        assert jpeg.reencode(data, 60, 40, 90) is None
+        assert encode(data, encoding(longer_side=60), "n").pixels().shape[1] == 60
+
+
+@pytest.mark.parametrize("extra", [{}, {"progressive": True}])
+def test_a_damaged_jpeg_is_refused_when_it_is_shrunk_too(extra):
+    data = file_bytes(picture(3, 121, 77), quality=90, **extra)
+    for cut in (len(data) // 2, len(data) - 40):
+        with pytest.raises(JpegError):
+            jpeg.reencode(data[:cut], 60, 40, 90)
+
+
 def test_quality_and_keep_are_obeyed():
     data = file_bytes(picture(1, 200, 200), quality=95)
     low = encode(data, encoding(keep=False, quality=30), "n").data
