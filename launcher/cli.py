@@ -32,6 +32,8 @@ Overrides = Annotated[list[str] | None, typer.Argument(
 Run = Annotated[str, typer.Argument(metavar="RUN", help="a run's name under --runs, or its path",
                                     autocompletion=completion.run_names)]
 Runs = Annotated[str, typer.Option("--runs", help="folder that holds the run directories")]
+Allow = Annotated[str, typer.Option("--allow", metavar="KIND[,KIND]", help=(
+    "go on though config, code or data is not what the run recorded"))]
 Json = Annotated[bool, typer.Option("--json", help="print JSON for a script")]
 
 
@@ -135,6 +137,7 @@ def submit(
 def train(
     config: Recipe,
     options: Overrides = None,
+    allow: Allow = "",
 ) -> None:
     """Train in the foreground; also one rank of `torchrun --no-python resnet-dist train CONFIG`.
 
@@ -142,7 +145,11 @@ def train(
     """
     from launcher.foreground import train_here
 
-    raise typer.Exit(train_here(config, options or []))
+    raise typer.Exit(train_here(config, options or [], _words(allow)))
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
 
 
 @app.command()
@@ -192,6 +199,7 @@ def resume(run: Run, options: Overrides = None,
            local: Annotated[bool, typer.Option("--local", help="run here")] = False,
            code: Annotated[str, typer.Option(
                "--code", help="frozen: as it was submitted; current: as installed now")] = "frozen",
+           allow: Allow = "",
            runs: Runs = "runs") -> None:
     """Continue a run from its newest checkpoint, on other nodes or for more steps.
 
@@ -201,7 +209,8 @@ def resume(run: Run, options: Overrides = None,
     from launcher.freeze import find_run
 
     found = find_run(run, runs)
-    console.print(f"[green]resumed[/]  job {resume(found, options or [], local=local, code=code)}")
+    job = resume(found, options or [], local=local, code=code, allow=_words(allow))
+    console.print(f"[green]resumed[/]  job {job}")
 
 
 @app.command("eval")

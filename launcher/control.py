@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 from rich.console import Console
@@ -14,6 +15,7 @@ from rich.console import Console
 from launcher import scheduler
 from launcher.events import Process, record
 from launcher.freeze import renew_code, rewrite_config
+from launcher.identity import check_identity
 from launcher.status import RunStatus, run_status, statuses
 from launcher.submit import submit
 from resnet_dist.config import (
@@ -117,13 +119,15 @@ def _kill_here(run: RunPaths, status: RunStatus) -> str:
 CODES = ("frozen", "current")
 
 
-def resume(run: RunPaths, overrides: list[str], *, local: bool, code: str = "frozen") -> str:
+def resume(run: RunPaths, overrides: list[str], *, local: bool, code: str = "frozen",
+           allow: Collection[str] = ()) -> str:
     """Queue a stopped, failed or finished run again; the job's id.
 
     What defines the training (model, batch, seed, schedule, ...) cannot change.
 
     Args:
         code: "frozen": what the run was submitted with; "current": what is installed now.
+        allow: kinds of difference to what the run was, e.g. an edited config.yaml, to go on with.
 
     Raises: ConfigError.
     """
@@ -136,13 +140,15 @@ def resume(run: RunPaths, overrides: list[str], *, local: bool, code: str = "fro
     frozen = load_frozen(run.config)
     config = _changed(frozen, overrides)
     done = status.checkpoint_step or 0
-    if done >= config.steps:
+    if done >= config.steps and status.state == "finished":
         raise ConfigError(f"steps = {config.steps}: the run has finished step {done}; "
                           f"give it more, e.g. steps={done + max(1, done // 10)}")
     if config.data != frozen.data:
         config = dataclasses.replace(config, data=dataclasses.replace(
             config.data, path=os.path.abspath(str(config.data.path))))
         check_dataset(config)
+    check_identity(run, dataclasses.replace(frozen, data=config.data),
+                   [*allow, *(["code"] if code == "current" else [])])
     if config != frozen:
         rewrite_config(run, config)
     if code == "current" or not run.code.is_dir():

@@ -12,12 +12,22 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from launcher.freeze import anchored, create_run, differences, find_run
+from launcher.freeze import (
+    anchored,
+    create_run,
+    differences,
+    find_run,
+    read_provenance,
+    renew_code,
+)
+from launcher.identity import check_identity
+from launcher.source import SOURCE_ROOT, code_fingerprint
 from launcher.supervisor import supervise_here
 from resnet_dist.config import EVAL_PROTOCOLS, Config, ConfigError, load_config, load_frozen
 from resnet_dist.data.manifest import check_dataset
@@ -26,28 +36,30 @@ from resnet_dist.paths import RunPaths
 from resnet_dist.rules import nearest, world_problems
 
 
-def train_here(recipe: Path, overrides: list[str]) -> int:
+def train_here(recipe: Path, overrides: list[str], allow: Collection[str] = ()) -> int:
     """Train in the foreground and return the exit code. The same command again resumes.
+
+    allow: kinds of difference to what the run was, to go on with.
 
     Raises: ConfigError on bad input, before a process is started.
     """
     config = load_config(recipe, overrides)
     if "RANK" in os.environ:
-        run = _run_for_rank(config)
+        run = _run_for_rank(config, allow)
         return subprocess.run([sys.executable, "-m", "resnet_dist.train", str(run.root)]).returncode
     if config.launch.nodes != 1:
         raise ConfigError(f"launch.nodes = {config.launch.nodes}: `train` runs on this machine; "
                           "set launch.nodes=1, or use `resnet-dist submit`")
-    return supervise_here(_create_or_reopen(config))
+    return supervise_here(_create_or_reopen(config, allow))
 
 
-def _run_for_rank(config: Config) -> RunPaths:
+def _run_for_rank(config: Config, allow: Collection[str]) -> RunPaths:
     """The run directory for one torchrun rank: rank 0 makes it, the others wait for it."""
     problems = world_problems(config, int(os.environ["WORLD_SIZE"]))
     if problems:
         raise ConfigError("\n".join(problems))
     if int(os.environ["RANK"]) == 0:
-        return _create_or_reopen(config)
+        return _create_or_reopen(config, allow)
     run = RunPaths(Path(config.runs).absolute() / str(config.name))
     deadline = time.monotonic() + 60
     while not run.provenance.exists():
@@ -58,7 +70,7 @@ def _run_for_rank(config: Config) -> RunPaths:
     return run
 
 
-def _create_or_reopen(config: Config) -> RunPaths:
+def _create_or_reopen(config: Config, allow: Collection[str]) -> RunPaths:
     run = RunPaths(Path(config.runs).absolute() / str(config.name))
     if not run.config.is_file():
         return create_run(config)
@@ -68,6 +80,10 @@ def _create_or_reopen(config: Config) -> RunPaths:
         raise ConfigError(f"name = {config.name}: {run.root} exists with other settings "
                           f"({'; '.join(changed)}); `resnet-dist resume {config.name} key=value` "
                           "changes what may change, name=OTHER starts another run")
+    # In the foreground runs what is installed; the run's copy of the code follows it.
+    check_identity(run, config, allow, code=SOURCE_ROOT)
+    if read_provenance(run).get("code") != {"sha256": code_fingerprint(run.code)}:
+        renew_code(run)
     return run
 
 

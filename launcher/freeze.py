@@ -27,7 +27,7 @@ from resnet_dist.data.manifest import Manifest, check_dataset, manifest_fingerpr
 from resnet_dist.paths import RunPaths
 from resnet_dist.rules import NAME_PATTERN
 
-_PACKAGES = ("resnet-dist", "torch", "deepspeed", "ffcv", "submitit", "numpy", "numba")
+PACKAGES = ("resnet-dist", "torch", "deepspeed", "ffcv", "submitit", "numpy", "numba")
 
 
 def create_run(config: Config, *, origin: dict[str, Any] | None = None,
@@ -52,7 +52,8 @@ def create_run(config: Config, *, origin: dict[str, Any] | None = None,
         for folder in (run.checkpoints, run.logs, run.heartbeats, run.tensorboard):
             folder.mkdir()
         _write(run.config, dump_config(config))
-        told = provenance(manifest) | {"code": {"sha256": freeze_code(run)}, **(origin or {})}
+        told = provenance(manifest) | {"code": {"sha256": freeze_code(run)},
+                                       "config": config_to_dict(config), **(origin or {})}
         write_provenance(run, told)
     except BaseException:
         shutil.rmtree(run.root)
@@ -107,6 +108,8 @@ def rewrite_config(run: RunPaths, config: Config) -> None:
     before = yaml.safe_load(run.config.read_text(encoding="utf-8"))
     kept = _known_or_set(config_to_dict(config), before, config_to_dict(Config()))
     _write(run.config, yaml.safe_dump(kept, sort_keys=False, width=100))
+    if run.provenance.exists():  # the change is the command's, so the run is what it was
+        write_provenance(run, read_provenance(run) | {"config": config_to_dict(config)})
 
 
 def _known_or_set(new: dict[str, Any], old: dict[str, Any],
@@ -160,7 +163,7 @@ def provenance(manifest: Manifest | None) -> dict[str, Any]:
         "command": sys.argv,
         "commit": _git_commit(),
         "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "dataset": _dataset(manifest) if manifest else None,
     }
 

@@ -57,6 +57,10 @@ class Outcome:
     code: int = 1  # where it failed: the exit code of the first worker that did
 
 
+class Held(RuntimeError):
+    """Another job runs the run; the message names it."""
+
+
 class Signals:
     """Stop signals received so far; the handler only notes them."""
 
@@ -137,7 +141,7 @@ def read_secret(run: RunPaths) -> bytes:
 
 @contextmanager
 def lease(run: RunPaths, place: Place) -> Iterator[str]:
-    """Be the only one who runs this run; inside, what the lease says. Raises: RuntimeError.
+    """Be the only one who runs this run; inside, what the lease says. Raises: Held.
 
     An earlier incarnation of the same job may still hold it. It is waited for, and then replaced:
     SLURM would not have started this one if it had not given that one up, e.g. because its node's
@@ -152,8 +156,8 @@ def lease(run: RunPaths, place: Place) -> Iterator[str]:
     if handle is None:
         other = holder(run)
         if not _outdated(other, place):
-            raise RuntimeError(f"{run.root} is run by {other}; stop that one first, or copy the "
-                               "run under another name")
+            raise Held(f"{run.root} is run by {other}; stop that one first, or copy the "
+                       "run under another name")
         log.warning("taking the run over from %s, which SLURM has given up", other)
     temporary = run.lease.with_name(f".{run.lease.name}.{os.getpid()}")
     fresh = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from launcher.events import record
 from launcher.freeze import complete_provenance
+from launcher.identity import check_identity
 from launcher.incarnation import Place, log_to_stderr
 from launcher.scheduler import node_names
 from launcher.source import SOURCE_ROOT, runs_the_copy
@@ -47,7 +48,7 @@ class TrainJob:
         place = here()
         config = load_frozen(run.config)
         if place.node == 0 and run.provenance.exists():
-            _look_at_dataset(run, config)
+            _check_record(run, config)
         log_to_stderr(place.node)
         if place.where == "local":
             _restore_gpus()
@@ -93,10 +94,12 @@ def refuse_other_code(run: RunPaths) -> None:
                         "launch.setup change PYTHONPATH?")
 
 
-def _look_at_dataset(run: RunPaths, config: Config) -> None:
-    """Record the data set that a conversion before this job has made. Raises: RunFailed."""
+def _check_record(run: RunPaths, config: Config) -> None:
+    """Record the data set that a conversion before this job has made; refuse another one, and
+    other settings or code, than the run has on record. Raises: RunFailed."""
     try:
         complete_provenance(run, config)
+        check_identity(run, config)
     except ConfigError as error:
         cause = " ".join(str(error).split())
         record(run, "failed", cause=cause, step=0)

@@ -44,6 +44,7 @@ from launcher.follower import Follower
 from launcher.incarnation import (
     GATHER_S,
     POLL_S,
+    Held,
     Outcome,
     Place,
     Signals,
@@ -122,7 +123,7 @@ class Supervisor:
         self._looked_at = {"stop": 0.0, "lease": 0.0}
 
     def run(self) -> Outcome:
-        """Run until the incarnation ends. Raises: RuntimeError where another one holds the run."""
+        """Run until the incarnation ends. Raises: Held where another one runs the run."""
         with self._signals.installed():
             return self._lead()
 
@@ -427,7 +428,11 @@ def supervise_here(run: RunPaths) -> int:
     record(run, "submitted", where="foreground", nodes=1, steps=config.steps,
            batch_size=config.batch_size)
     place = Place("foreground", job=str(os.getpid()))
-    outcome = Supervisor(run, config, place, echo=sys.stderr.buffer).run()
+    try:
+        outcome = Supervisor(run, config, place, echo=sys.stderr.buffer).run()
+    except Held as error:
+        log.error("%s", error)
+        return 1
     if outcome.kind == "failed":
         log.error("failed: %s", outcome.cause)
         return outcome.code if outcome.code in (BAD_INPUT, DIVERGED) else 1
