@@ -43,6 +43,9 @@ def _library() -> ctypes.CDLL:
                           "`pip install -e .` in the project")
     library = ctypes.CDLL(str(path))
     for name in ("dp_add_restarts", "dp_transcode", "dp_encode", "dp_reencode"):
+        if not hasattr(library, name):
+            raise ImportError(f"{path}: is older than the code that calls it; run `pip install -e "
+                              ".` in the project again")
         getattr(library, name).restype = c_int64
     for name in ("dp_free", "dp_shrink", "dp_sums"):
         getattr(library, name).restype = None

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from resnet_dist.config import Config, ConfigError
-from resnet_dist.data.loader import TrainLoader, normalization
+from resnet_dist.data.loader import TrainLoader
 from resnet_dist.data.manifest import Manifest
+from resnet_dist.data.normalize import normalization
 from resnet_dist.distributed import World, cores_per_rank
 from resnet_dist.models import build_model
 from resnet_dist.models.weights import WeightsError, init_from

@@ -231,8 +231,8 @@ bool Parse(const uint8_t* data, int64_t size, bool standard_dc, TableCache* cach
         part.id = body[6 + 3 * c];
         part.h = body[7 + 3 * c] >> 4;
         part.v = body[7 + 3 * c] & 15;
-        part.quantizer = body[8 + 3 * c] & 31;
-        if (part.h < 1 || part.h > 4 || part.v < 1 || part.v > 4) return false;
+        part.quantizer = body[8 + 3 * c];
+        if (part.h < 1 || part.h > 4 || part.v < 1 || part.v > 4 || part.quantizer > 3) return false;
       }
       if (plain->components == 1 && (plain->component[0].h != 1 || plain->component[0].v != 1))
         return false;

@@ -106,7 +106,7 @@ def pad_crop(augment: AugmentConfig, seed: int, epochs: np.ndarray, ids: np.ndar
     """`pad` pixels on every side, then a `size` square crop anywhere, pixels copied as they are.
 
     Source: He et al. 2015, section 4.2. The padding shows the mean, which is 0 once the mean is
-    subtracted; see `loader.padding`.
+    subtracted; see `normalize.padding`.
     """
     u = uniforms(seed, epochs, ids, Purpose.CROP, 2)
     rows, cols = heights + 2 * augment.pad - size, widths + 2 * augment.pad - size

@@ -34,9 +34,9 @@ from ffcv.pipeline.state import State
 class PlannedDecoder(Operation):
     """Decodes an RGBImageField as the plans in `storage_state` say, each to `destination`'s size.
 
-    storage_state: (data uint8, sizes uint32 [n], digests int64 [n], plans PLAN as uint8 [m, bytes],
-    padding image uint8 [S, S, 3], status int32 [m], check int). The first image that fails leaves
-    its status and ends the stage.
+    storage_state: (files int32 [n], sizes uint32 [n], digests int64 [n], plans PLAN as uint8 [m,
+    bytes], padding image uint8 [S, S, 3], status int32 [m], check int). The first image that fails
+    leaves its status and ends the stage.
     """
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
@@ -45,15 +45,15 @@ class PlannedDecoder(Operation):
             shape, dtype)
 
     def generate_code(self) -> Callable:
-        decode_one = native.decode
+        decode_one = native.decode_stored
 
         def decode(batch_indices, destination, metadata, storage_state):  # type: ignore[no-untyped-def]
-            data, sizes, digests, plans, padding, status, check = storage_state
+            files, sizes, digests, plans, padding, status, check = storage_state
             for i in range(len(batch_indices)):
                 sample = batch_indices[i]
                 image = metadata[sample]
                 status[i] = decode_one(
-                    data.ctypes.data + image["data_ptr"], sizes[sample], digests[sample], check,
+                    files[sample], image["data_ptr"], sizes[sample], digests[sample], check,
                     image["mode"], image["height"], image["width"], plans[i].ctypes.data,
                     padding.ctypes.data, destination[i].ctypes.data, destination.shape[1],
                     destination.shape[2])

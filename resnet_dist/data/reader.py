@@ -1,7 +1,10 @@
-"""Several FFCV shards as one array of samples, mapped, never copied, checked before they are used.
+"""Several FFCV shards as one array of samples, checked before they are used.
 
-In: a data set directory and a split. Out: per-sample metadata, and one address range that holds
-every shard's bytes; pages are shared with every other process of the node that maps them.
+In: a data set directory and a split. Out: per-sample metadata, and where each sample's bytes are: a
+file and a place in it. Bytes are read, never mapped: a shard that is cut off or whose file system
+fails while a run uses it is an error that names the sample, where a mapping would end the process
+with SIGBUS. The page cache is shared with every other process of the node all the same, and a
+network file system gets one request for an image instead of one for each of its pages.
 
 Shards are FFCV 1.0.2 files (its header, field and allocation types are imported from it) with
 three fields: image (RGBImageField), label (IntField), digest (IntField: XXH3-64 of the stored image
@@ -12,9 +15,9 @@ the manifest.
 from __future__ import annotations
 
 import bisect
-import ctypes
-import mmap
+import errno
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,16 +35,7 @@ from resnet_dist.data.manifest import Manifest, Shard, index_digest, load_manife
 from resnet_dist.data.native import JPEG, RAW
 
 _MIN_PAGE = 1 << 21  # FFCV's smallest page
-_PROT_NONE, _MAP_FAILED = 0, ctypes.c_void_p(-1).value
-_MADV_WILLNEED = 3
-_MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int,
-                       ctypes.c_int64]
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_OTHER_FILES = 256  # that a training process may have open besides
 
 
 class DataError(RuntimeError):
@@ -54,9 +48,9 @@ class ShardReader:
     Attributes:
         num_samples: samples of the split.
         metadata: FFCV's structured array [n]; f0 image (mode, width, height, data_ptr), f1 label,
-            f2 digest. `data_ptr` counts from the start of `data`.
+            f2 digest. `data_ptr` counts from the start of the sample's shard.
         sizes: uint32 [n], stored bytes of each image.
-        data: uint8, every shard at a page boundary; read-only, invalid after `close()`.
+        files: int32 [n], open file descriptor of each sample's shard; invalid after `close()`.
 
     Raises: ConfigError from the manifest; DataError where a shard does not fit it.
     """
@@ -73,44 +67,35 @@ class ShardReader:
         self._files = [(root or self.dataset) / shard.file for shard in self.shards]
         self.num_samples = self.manifest.splits[split].samples
         self.first_sample = np.cumsum([0] + [shard.samples for shard in self.shards]).tolist()
-        page = mmap.PAGESIZE
-        lengths = [-(-shard.bytes // page) * page for shard in self.shards]
-        self.bases = np.cumsum([0, *lengths]).tolist()
-        self._length = max(self.bases[-1], page)
-        self._address: int | None = _map(0, self._length, _PROT_NONE, mmap.MAP_PRIVATE
-                                         | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1)
+        self._descriptors: list[int] = []
+        _allow_files(len(self.shards))
         try:
             self.metadata = np.empty(self.num_samples, METADATA_TYPE)
             self.sizes = np.empty(self.num_samples, np.uint32)
+            self.files = np.empty(self.num_samples, np.int32)
             for index in range(len(self.shards)):
                 self._open(index)
         except BaseException:
             self.close()
             raise
-        for array in (self.metadata, self.sizes):
+        for array in (self.metadata, self.sizes, self.files):
             array.setflags(write=False)
-        buffer = (ctypes.c_uint8 * self._length).from_address(self._address)
-        self.data = np.frombuffer(buffer, np.uint8)
-        self.data.setflags(write=False)
 
     def _open(self, index: int) -> None:
         shard, file = self.shards[index], self._files[index]
         try:
             descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise DataError(f"{file}: cannot be opened ({error.strerror}); copy the data set again "
-                            "or run `resnet-dist verify`") from None
-        try:
-            metadata, sizes = check_shard(descriptor, file, shard, self.manifest.num_classes)
-            assert self._address is not None
-            _map(self._address + self.bases[index], shard.bytes, mmap.PROT_READ,
-                 mmap.MAP_SHARED | _MAP_FIXED, descriptor)
-        finally:
-            os.close(descriptor)
+            remedy = ("raise `ulimit -n`, or convert to fewer shards with shard_samples"
+                      if error.errno in (errno.EMFILE, errno.ENFILE)
+                      else "copy the data set again or run `resnet-dist verify`")
+            raise DataError(f"{file}: cannot be opened ({error.strerror}); {remedy}") from None
+        self._descriptors.append(descriptor)
+        metadata, sizes = check_shard(descriptor, file, shard, self.manifest.num_classes)
         here = slice(self.first_sample[index], self.first_sample[index + 1])
         self.metadata[here] = metadata
-        self.metadata["f0"]["data_ptr"][here] += np.uint64(self.bases[index])
         self.sizes[here] = sizes
+        self.files[here] = descriptor
 
     def locate(self, sample: int) -> tuple[Path, int]:
         """The shard that holds `sample`, and its number inside that shard."""
@@ -122,31 +107,50 @@ class ShardReader:
         return f"{file}, sample {local} (sample {sample} of split {self.split!r})"
 
     def read(self, sample: int) -> np.ndarray:
-        """The stored bytes of one image: uint8 view."""
-        start = int(self.metadata["f0"]["data_ptr"][sample])
-        return self.data[start:start + int(self.sizes[sample])]
+        """The stored bytes of one image: uint8. Raises: DataError where they are not there."""
+        start, count = int(self.metadata["f0"]["data_ptr"][sample]), int(self.sizes[sample])
+        try:
+            stored = _read(int(self.files[sample]), start, count)
+        except OSError as error:
+            raise DataError(f"{self.describe(sample)}: cannot be read ({error.strerror}); check "
+                            "its file system") from None
+        if stored is None:
+            raise DataError(f"{self.describe(sample)}: its shard was cut off while in use; copy "
+                            "or convert that shard again")
+        return stored
 
-    def will_need(self, start: int, end: int) -> None:
-        """Ask the kernel to read bytes [start, end) of `data`; `start` is at a page boundary."""
-        if self._address is not None:
-            _libc.madvise(self._address + start, end - start, _MADV_WILLNEED)
+    def will_need(self, sample: int) -> None:
+        """Ask the kernel to have the bytes of one image in memory soon."""
+        if self._descriptors:
+            os.posix_fadvise(int(self.files[sample]),
+                             int(self.metadata["f0"]["data_ptr"][sample]),
+                             int(self.sizes[sample]), os.POSIX_FADV_WILLNEED)
 
     @property
     def labels(self) -> np.ndarray:
         return self.metadata["f1"]
 
     def close(self) -> None:
-        """Unmap; nothing may touch `data` afterwards."""
-        address, self._address = self._address, None
-        if address is not None:
-            self.data = np.empty(0, np.uint8)
-            _libc.munmap(address, self._length)
+        """Close the files; nothing can be read afterwards."""
+        descriptors, self._descriptors = self._descriptors, []
+        for descriptor in descriptors:
+            os.close(descriptor)
 
     def __enter__(self) -> ShardReader:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _allow_files(count: int) -> None:
+    """Raise the soft limit of open files, often 1,024, where ImageNet's shards would exceed it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = len(os.listdir("/proc/self/fd")) + count + _OTHER_FILES
+    if soft == resource.RLIM_INFINITY or needed <= soft:
+        return
+    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(allowed, soft), hard))
 
 
 def check_shard(descriptor: int, file: Path, shard: Shard,
@@ -249,13 +253,3 @@ def _read(descriptor: int, offset: int, count: int) -> np.ndarray | None:
         parts.append(part)
         offset, count = offset + len(part), count - len(part)
     return np.frombuffer(b"".join(parts), np.uint8)
-
-
-def _map(address: int, length: int, protection: int, flags: int, descriptor: int) -> int:
-    result = _libc.mmap(address or None, length, protection, flags, descriptor, 0)
-    if result == _MAP_FAILED:
-        number = ctypes.get_errno()
-        raise DataError(f"cannot map {length:,} bytes ({os.strerror(number)}); check `ulimit -v` "
-                        "and vm.max_map_count, which must exceed the number of shards")
-    assert result is not None
-    return result

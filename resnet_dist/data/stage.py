@@ -120,9 +120,9 @@ def _copy(source: Path, target: Path) -> str:
 class ReadAhead:
     """Asks the kernel for the bytes of coming samples, so that decoding threads do not wait.
 
-    Random single-image reads from a mapping cost several round trips each on a network file system,
-    and the kernel's own read-ahead fetches neighbours that nobody wants. `madvise(WILLNEED)` starts
-    the reads and returns; a thread asks, because on some file systems it blocks all the same.
+    Single images in random order cost a round trip or more each on a network file system, one
+    after the other, and the kernel's own read-ahead fetches neighbours that nobody wants. `fadvise`
+    starts a read and returns; a thread asks, because on some file systems it blocks all the same.
     """
 
     def __init__(self, reader: ShardReader):
@@ -137,14 +137,11 @@ class ReadAhead:
         self._batches.put(ids)
 
     def _run(self) -> None:
-        page = os.sysconf("SC_PAGE_SIZE")
         while (ids := self._batches.get()) is not None:
-            starts = self._reader.metadata["f0"]["data_ptr"][ids].astype(np.int64)
-            ends = starts + self._reader.sizes[ids]
-            for start, end in zip((starts // page * page).tolist(), ends.tolist(), strict=True):
+            for sample in ids.tolist():
                 if self._closed:
                     return
-                self._reader.will_need(start, end)
+                self._reader.will_need(sample)
 
     def close(self) -> None:
         self._closed = True

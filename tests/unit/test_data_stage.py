@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import multiprocessing
 import os
 import signal
@@ -110,14 +111,21 @@ def test_a_kill_at_any_moment_leaves_a_scratch_that_works(dataset, tmp_path):
 
 def resident(reader: ShardReader) -> float:
     """Share of the images' pages that are in memory."""
-    libc = ctypes.CDLL(None)
-    page = os.sysconf("SC_PAGE_SIZE")
-    starts = reader.metadata["f0"]["data_ptr"].astype(int) // page
-    ends = (reader.metadata["f0"]["data_ptr"].astype(int) + reader.sizes) // page + 1
-    found = np.zeros(len(reader.data) // page, np.uint8)
-    libc.mincore(ctypes.c_void_p(reader.data.ctypes.data), ctypes.c_size_t(len(reader.data)),
-                 found.ctypes.data_as(ctypes.c_void_p))
-    return float(np.concatenate([found[a:b] & 1 for a, b in zip(starts, ends, strict=True)]).mean())
+    libc, page, found = ctypes.CDLL(None), os.sysconf("SC_PAGE_SIZE"), []
+    for shard in reader.shards:
+        with open(reader.dataset / shard.file, "rb") as file, \
+                mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+            pages = np.zeros(-(-shard.bytes // page), np.uint8)
+            address = np.frombuffer(mapped, np.uint8).ctypes.data
+            libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(shard.bytes),
+                         pages.ctypes.data_as(ctypes.c_void_p))
+            found.append(pages & 1)
+    counts = []
+    for sample in range(reader.num_samples):
+        start = int(reader.metadata["f0"]["data_ptr"][sample])
+        index = next(i for i, first in enumerate(reader.first_sample[1:]) if sample < first)
+        counts.append(found[index][start // page:(start + int(reader.sizes[sample])) // page + 1])
+    return float(np.concatenate(counts).mean())
 
 
 def test_read_ahead_brings_cold_pages_in_and_ends_with_its_reader(dataset):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -13,9 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from resnet_dist.config import AugmentConfig
-from resnet_dist.data.loader import DataError, EvalLoader, TrainLoader, normalization, padding
+from resnet_dist.data.loader import DataError, EvalLoader, TrainLoader
 from resnet_dist.data.manifest import load_manifest
+from resnet_dist.data.normalize import normalization, padding
 from resnet_dist.data.order import permutation
+from resnet_dist.data.reader import ShardReader
 from resnet_dist.paths import DatasetPaths
 from tests.unit.data_samples import decoded, jpeg_sample, raw_sample, write_dataset
 
@@ -170,6 +173,35 @@ def test_a_flipped_bit_stops_the_run_within_a_second_and_names_the_sample(tmp_pa
             for _ in zip(loader, range(4), strict=False):
                 pass
         assert time.monotonic() - start < 1
+
+
+@pytest.mark.parametrize("verify", ["page", "open"])
+def test_a_shard_cut_off_while_it_is_trained_on_stops_the_run_naming_the_sample(tmp_path, verify):
+    samples = [jpeg_sample(i, 0, 60, 60) for i in range(12)]
+    root = write_dataset(tmp_path / "d", {"train": [samples[:6], samples[6:]]})
+    file = root / "train" / "shard-00001.beton"
+    place = file.read_bytes().index(samples[6][0])
+    with TrainLoader(root, "train", RRC, seed=0, batch_size=6, threads=2, prefetch=1,
+                     read_ahead=2, verify=verify) as loader:
+        batches = iter(loader)
+        next(batches)
+        os.truncate(file, place)
+        start = time.monotonic()
+        with pytest.raises(DataError, match=r"shard-00001\.beton, sample \d \(sample .*cut off"):
+            for _ in zip(batches, range(8), strict=False):
+                pass
+        assert time.monotonic() - start < 1
+    with pytest.raises(DataError, match=r"shard-00001\.beton: is"):
+        TrainLoader(root, "train", RRC, seed=0, batch_size=6)
+
+
+def test_a_shard_cut_off_while_it_is_evaluated_is_named_too(tmp_path):
+    samples = [jpeg_sample(i, 0, 60, 60) for i in range(4)]
+    root = write_dataset(tmp_path / "d", {"train": [samples]})
+    with ShardReader(root, "train") as reader:
+        os.truncate(root / "train" / "shard-00000.beton", 5000)
+        with pytest.raises(DataError, match=r"shard-00000\.beton, sample 3 .*cut off"):
+            reader.read(3)
 
 
 def test_closing_leaves_no_thread_and_no_iteration(photos):

@@ -147,6 +147,15 @@ def test_a_damaged_jpeg_is_refused_when_it_is_shrunk_too(extra):
             jpeg.reencode(data[:cut], 60, 40, 90)
 
 
+@pytest.mark.parametrize("number", [4, 0x21, 0x81])
+def test_a_quantization_table_that_is_not_there_is_refused(number):
+    data = bytearray(file_bytes(picture(3), quality=90))
+    frame = data.index(b"\xff\xc0")
+    data[frame + 12] = number  # of the first component
+    with pytest.raises(Unreadable, match="Quantization table"):
+        encode(bytes(data), encoding(), "n")
+
+
 def test_quality_and_keep_are_obeyed():
     data = file_bytes(picture(1, 200, 200), quality=95)
     low = encode(data, encoding(keep=False, quality=30), "n").data

@@ -62,13 +62,17 @@ def library() -> ctypes.CDLL:
 
 
 _library = library()
-decode = _library.rd_decode
-decode.argtypes = [
-    ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int32,  # bytes, size, digest, check
+_picture = [
+    ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int32,  # size, digest, check
     ctypes.c_int32, ctypes.c_int32, ctypes.c_int32,  # mode, height, width
     ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int32, ctypes.c_int32,
 ]  # plan, padding image, output, its height and width
+decode = _library.rd_decode
+decode.argtypes = [ctypes.c_uint64, *_picture]  # bytes
 decode.restype = ctypes.c_int32
+decode_stored = _library.rd_decode_stored
+decode_stored.argtypes = [ctypes.c_int32, ctypes.c_uint64, *_picture]  # file descriptor, offset
+decode_stored.restype = ctypes.c_int32
 _library.rd_last_error.restype = ctypes.c_char_p
 _library.rd_digest.argtypes = [ctypes.c_void_p, ctypes.c_uint64]
 _library.rd_digest.restype = ctypes.c_uint64

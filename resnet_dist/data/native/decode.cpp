@@ -3,6 +3,9 @@
 // In: one sample's bytes (a JPEG stream or raw RGB) and its plan. Out: uint8 [out_h, out_w, 3], or a
 // status other than 0 and a message. Never a guess: whatever libjpeg would only warn about, and
 // would paint grey, is an error here. Thread-safe; every thread keeps its own decoder and scratch.
+#include <unistd.h>
+
+#include <cerrno>
 #include <csetjmp>
 #include <cstdio>
 #include <cmath>
@@ -31,7 +34,7 @@
 
 namespace {
 
-enum Status { kOk = 0, kDigest = 1, kCorrupt = 2, kMismatch = 3, kPlan = 4 };
+enum Status { kOk = 0, kDigest = 1, kCorrupt = 2, kMismatch = 3, kPlan = 4, kRead = 5 };
 enum Mode { kJpeg = 0, kRaw = 1 };
 
 struct Failure {
@@ -44,7 +47,7 @@ struct Decoder {
   jpeg_decompress_struct info;
   Failure failure;
   char message[JMSG_LENGTH_MAX + 64];
-  std::vector<uint8_t> planes[3], row, picture;
+  std::vector<uint8_t> planes[3], row, picture, stored;
   std::vector<JSAMPROW> rows[3];
   ScanReader scan;
 
@@ -285,6 +288,24 @@ int check_plan(Decoder& d, const Plan& plan, int height, int width, int out_h, i
   return kOk;
 }
 
+// Bytes [offset, offset + size) of a file into `d.stored`. A mapping would save the copy, 2% of a
+// decode, and end the process with SIGBUS where the file is cut off or its file system fails.
+int read_stored(Decoder& d, int file, uint64_t offset, uint64_t size) {
+  grow(d.stored, size);
+  for (uint64_t done = 0; done < size;) {
+    const ssize_t count = pread(file, d.stored.data() + done, size - done, offset + done);
+    if (count > 0) {
+      done += count;
+    } else if (count == 0) {
+      return fail(d, kRead, "its shard was cut off while in use");
+    } else if (errno != EINTR) {
+      std::snprintf(d.message, sizeof d.message, "cannot be read (%s)", strerror(errno));
+      return kRead;
+    }
+  }
+  return kOk;
+}
+
 int decode_jpeg(Decoder& d, const uint8_t* data, uint64_t size, int height, int width,
                 const Plan& plan, const uint8_t* pad, uint8_t* out, int out_h, int out_w) {
   jpeg_decompress_struct& info = d.info;
@@ -352,6 +373,16 @@ EXPORT int rd_decode(const uint8_t* data, uint64_t size, uint64_t digest, int ch
     fail(d, kMismatch, "unknown image mode");
   if (status == kOk && plan->num_ops) apply_ops(*plan, out, out_h, out_w, pad);
   return status;
+}
+
+// The same for bytes in a file.
+EXPORT int rd_decode_stored(int file, uint64_t offset, uint64_t size, uint64_t digest, int check,
+                            int mode, int height, int width, const Plan* plan, const uint8_t* pad,
+                            uint8_t* out, int out_h, int out_w) {
+  Decoder& d = decoder();
+  if (int status = read_stored(d, file, offset, size)) return status;
+  return rd_decode(d.stored.data(), size, digest, check, mode, height, width, plan, pad, out, out_h,
+                   out_w);
 }
 
 // Why the last call of this thread failed.
