@@ -292,22 +292,28 @@ def export(
 
 @app.command()
 def doctor(
+    options: Annotated[list[str] | None, typer.Argument(
+        metavar="[key=value ...]", help="with --slurm: settings of the job, e.g. launch.nodes=2",
+        autocompletion=completion.settings)] = None,
+    slurm: Annotated[bool, typer.Option(
+        "--slurm", help="examine nodes of the cluster, and what is between them")] = False,
+    data: Annotated[str | None, typer.Option("--data", help="a data set to look at, too")] = None,
     model: Annotated[str | None, typer.Option(
         "--model", help="show a network instead: layers, sizes, parameters, FLOPs")] = None,
     as_json: Json = False,
 ) -> None:
-    """Is this machine ready: native libraries, packages, GPU, SLURM, file system."""
-    from launcher.doctor import examine, show
-    from launcher.foreground import summarize_here
+    """Is this machine ready: native libraries, packages, GPU, SLURM, file system, data set.
 
-    if model is not None:
-        raise typer.Exit(summarize_here(model, as_json=as_json))
-    findings = examine()
-    if as_json:
-        print(json.dumps(findings))
-    else:
-        show(console, findings)
-    raise typer.Exit(1 if any(finding["state"] == "problem" for finding in findings) else 0)
+    Examples:
+
+    `resnet-dist doctor --data data/imagenet`
+
+    `resnet-dist doctor --slurm cluster=gpu launch.nodes=2`
+    """
+    from launcher.foreground import doctor_here
+
+    raise typer.Exit(doctor_here(console, options or [], slurm=slurm, data=data, model=model,
+                                 as_json=as_json))
 
 
 bench = typer.Typer(no_args_is_help=True, help="Measure, side by side with the usual choice.")

@@ -20,7 +20,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-Finding = dict[str, str]
+from launcher.doctor_slurm import Finding, slurm_findings
+from launcher.doctor_slurm import finding as _finding
+from resnet_dist.config import ConfigError, config_from_dict
+from resnet_dist.data.manifest import check_dataset
 
 _APT = "sudo apt-get install -y --no-install-recommends"
 _NATIVE = {
@@ -34,35 +37,34 @@ _NATIVE = {
 }
 _GPU = ("import torch; n = torch.cuda.device_count(); "
         "print(', '.join(torch.cuda.get_device_name(i) for i in range(n)) if n else 'none')")
-# What a run relies on when it is preempted: key of `scontrol show config` -> why it matters.
-_SLURM_SETTINGS = {
-    "JobRequeue": "0 means that a preempted job is not queued again",
-    "KillWait": "seconds between SIGTERM and SIGKILL: a checkpoint must fit in",
-    "PreemptMode": "REQUEUE keeps a preempted job; CANCEL ends it",
-    "PreemptParameters": "send_user_signal warns before a preemption",
-}
 
+def examine(folder: Path = Path(), *, slurm: bool = True, data: str | None = None
+            ) -> list[Finding]:
+    """All findings, cheapest first.
 
-def examine(folder: Path = Path()) -> list[Finding]:
-    """All findings, cheapest first. `folder` is where runs would be written."""
+    Args:
+        folder: where runs would be written.
+        slurm: also ask the cluster how it is set up.
+        data: a data set that should be usable here.
+    """
     findings = [_finding("ok", "python", platform.python_version()),
                 *(_package(name) for name in ("submitit", "tensorboard", "numpy"))]
     findings += [_child(name, code, remedy) for name, (code, remedy) in _NATIVE.items()]
-    findings += [_cpus(), _gpus(), *_slurm(), *_file_system(folder)]
-    return findings
+    findings += [_cpus(), *_gpus(), *(slurm_findings() if slurm else ()), *_file_system(folder)]
+    return findings + ([_dataset(data)] if data is not None else [])
 
 
 def show(console: Console, findings: list[Finding]) -> None:
     table = Table("", "what", "found", "remedy", box=None, pad_edge=False)
+    many = any("where" in finding for finding in findings)
+    if many:
+        table.add_column("nodes")
     marks = {"ok": "[green]ok[/]", "problem": "[red]problem[/]", "note": "[yellow]note[/]"}
     for finding in findings:
+        where = (finding.get("where", ""),) if many else ()
         table.add_row(marks[finding["state"]], finding["what"], finding["found"],
-                      finding["remedy"])
+                      finding["remedy"], *where)
     console.print(table)
-
-
-def _finding(state: str, what: str, found: str, remedy: str = "") -> Finding:
-    return {"state": state, "what": what, "found": found, "remedy": remedy}
 
 
 def _package(name: str) -> Finding:
@@ -87,40 +89,45 @@ def _child(what: str, code: str, remedy: str) -> Finding:
 
 def _cpus() -> Finding:
     usable, present = len(os.sched_getaffinity(0)), os.cpu_count() or 1
-    return _finding("ok", "cpus", f"{usable} usable of {present}")
+    threads = os.environ.get("OMP_NUM_THREADS")
+    found = f"{usable} usable of {present}"
+    if threads:
+        return _finding("ok", "cpus", f"{found}, OMP_NUM_THREADS={threads}",
+                        "the key `threads` decides for training")
+    return _finding("ok", "cpus", found)
 
 
-def _gpus() -> Finding:
+def _gpus() -> list[Finding]:
+    """What torch sees, and the driver under it."""
     found = _child("gpus", _GPU, "check the driver with `nvidia-smi`")
-    if found["found"] == "none":
-        if shutil.which("nvidia-smi"):
-            return _finding("problem", "gpus", "nvidia-smi is here but torch sees none",
-                            "install a CUDA build of torch")
-        return _finding("note", "gpus", "none", "training runs on the CPUs")
-    return found
+    if found["found"] != "none":
+        return [found, *_driver()]
+    if shutil.which("nvidia-smi"):
+        return [_finding("problem", "gpus", "nvidia-smi is here but torch sees none",
+                         "install a CUDA build of torch"), *_driver()]
+    return [_finding("note", "gpus", "none", "training runs on the CPUs")]
 
 
-def _slurm() -> list[Finding]:
-    if not shutil.which("sbatch"):
-        return [_finding("note", "slurm", "no sbatch here", "`submit` runs jobs on this machine")]
+def _driver() -> list[Finding]:
     try:
-        done = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True,
-                              timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return [_finding("problem", "slurm", "scontrol does not answer", "is slurmctld running?")]
+        done = subprocess.run(["nvidia-smi", "--query-gpu=driver_version,memory.total",
+                               "--format=csv,noheader"], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return [_finding("problem", "gpu driver", str(error)[:120], "is the driver loaded?")]
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[0]
-        return [_finding("problem", "slurm", reason, "is slurmctld running? or use --local")]
-    settings = {key.strip(): value.strip() for key, _, value in
-                (line.partition("=") for line in done.stdout.splitlines())}
-    findings = [_finding("ok", "slurm", settings.get("SLURM_VERSION", "unknown version"))]
-    for key, why in _SLURM_SETTINGS.items():
-        findings.append(_finding("ok", f"slurm {key}", settings.get(key, "unset"), why))
-    if settings.get("JobRequeue") == "0":
-        findings[1]["state"] = "note"
-    if not shutil.which("sacct"):
-        findings.append(_finding("problem", "slurm sacct", "missing", "submitit needs it"))
-    return findings
+        return [_finding("problem", "gpu driver", done.stdout.strip()[:120] or "nvidia-smi failed",
+                         "is the driver loaded?")]
+    return [_finding("ok", "gpu driver", "; ".join(sorted(set(done.stdout.strip().splitlines()))))]
+
+
+def _dataset(path: str) -> Finding:
+    """Manifest and sizes of the shards; contents are `resnet-dist verify`'s."""
+    try:
+        manifest = check_dataset(config_from_dict({"name": "doctor", "data": path}))
+    except ConfigError as error:
+        return _finding("problem", "data set", str(error), "")
+    counts = ", ".join(f"{split.samples:,} {name}" for name, split in manifest.splits.items())
+    return _finding("ok", "data set", f"{manifest.name}: {counts}, {manifest.num_classes} classes")
 
 
 def _file_system(folder: Path) -> list[Finding]:

@@ -18,6 +18,8 @@ from typing import Any
 
 from rich.console import Console
 
+from launcher.doctor import examine, show
+from launcher.doctor_job import examine_nodes
 from launcher.freeze import (
     anchored,
     create_run,
@@ -135,6 +137,25 @@ def summarize_here(name: str, *, as_json: bool) -> int:
         raise ConfigError(f"--model = {name}: no such model{nearest(name, model_names())}")
     command = [sys.executable, "-m", "resnet_dist.models.summary", name]
     return subprocess.run(command + (["--json"] if as_json else [])).returncode
+
+
+def doctor_here(console: Console, overrides: list[str], *, slurm: bool, data: str | None,
+                model: str | None, as_json: bool) -> int:
+    """Examine this machine or nodes of the cluster; the exit code. Raises: ConfigError."""
+    if model is not None:
+        return summarize_here(model, as_json=as_json)
+    if slurm:
+        told = overrides if data is None else [*overrides, f"data={data}"]
+        findings = examine_nodes(console, told)
+    elif overrides:
+        raise ConfigError(f"{overrides[0].replace('=', ' = ', 1)}: is for a job; add --slurm")
+    else:
+        findings = examine(data=data)
+    if as_json:
+        console.file.write(json.dumps(findings) + "\n")
+    else:
+        show(console, findings)
+    return int(any(finding["state"] == "problem" for finding in findings))
 
 
 def run_tensorboard(console: Console, names: list[str], runs: str, port: int) -> int:
