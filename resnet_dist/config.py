@@ -423,9 +423,19 @@ def _explain(problem: Any, root: type) -> str:
             owner = get_type_hints(owner)[part]
         valid = [f.name for f in dataclasses.fields(owner)]
         near = nearest(location[-1], valid)
+        if owner is root and (inside := _sections_with(location[0], root)):
+            near = f"; did you mean {' or '.join(inside)}?"
         return f"{key} = {_short(value)}: unknown key{near}"
     message = problem["msg"].removeprefix("Input ")
     return f"{key} = {_short(value)}: {message}"
+
+
+def _sections_with(key: str, root: type) -> list[str]:
+    """`lr` -> `["optimizer.lr"]`: where a key stands that was written without its section."""
+    sections = {name: kind for name, kind in get_type_hints(root).items()
+                if dataclasses.is_dataclass(kind)}
+    return [f"{name}.{key}" for name, kind in sections.items()
+            if key in (each.name for each in dataclasses.fields(kind))]
 
 
 def _short(value: object) -> str:
