@@ -13,7 +13,7 @@ quickstart: $(VENV)/.ready
 	$(VENV)/bin/python -m launcher.quickstart
 
 test: $(VENV)/.ready-test lint
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup
 
 lint: $(VENV)/.ready-test
 	$(VENV)/bin/ruff check .

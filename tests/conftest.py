@@ -16,12 +16,28 @@ if not Path("/proc/driver/nvidia").exists():
     os.environ["TRITON_INTERPRET"] = "1"
 
 # A change is judged on the same examples every time; at a desk, new ones are looked for.
-hypothesis.settings.register_profile("ci", derandomize=True)
-if os.environ.get("CI"):
-    hypothesis.settings.load_profile("ci")
+hypothesis.settings.register_profile("desk", deadline=None)  # a busy machine proves nothing
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "desk")
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = ROOT.parent / "shared" / "data"
+
+
+CLUSTER = {"slurm", "faults"}  # folders whose tests share one cluster
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several workers a file stays on one, and all that needs SLURM on one, which starts first.
+
+    Those tests mostly wait, so that the other worker has the machine.
+    """
+    def group(item: pytest.Item) -> str:
+        return "cluster" if CLUSTER & set(item.path.parts) else item.path.name
+
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))
+    items.sort(key=lambda item: group(item) != "cluster")
 
 
 @pytest.fixture(scope="session")
