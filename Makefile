@@ -1,7 +1,8 @@
 # Two commands from nothing:  make quickstart   and   make test
 VENV ?= .venv
 SOURCES := pyproject.toml constraints.txt install.sh setup.py \
-           $(wildcard resnet_dist/data/native/*) $(wildcard data_prep/native/*)
+           $(wildcard resnet_dist/data/native/*) $(wildcard resnet_dist/kernels/native/*) \
+           $(wildcard data_prep/native/*)
 
 .PHONY: help quickstart test lint clean
 help:

@@ -1,4 +1,4 @@
-"""Builds the native decoders; everything else about the package stands in pyproject.toml.
+"""Builds the native decoders and loops; everything else about the package stands in pyproject.toml.
 
 The results are plain shared libraries without a Python API, loaded with ctypes. They must run on
 any x86-64 node whatever node built it, so there is no -march here: hot loops choose their code when
@@ -21,6 +21,15 @@ setup(
             libraries=["jpeg"],  # libjpeg-turbo; Debian: libjpeg-dev, libxxhash-dev
             extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno",
                                 "-Wall", "-Wextra", "-Wno-clobbered"],
+        ),
+        Extension(
+            "resnet_dist.kernels._native",
+            sources=["resnet_dist/kernels/native/batch_norm.cpp"],
+            language="c++",
+            # -fopenmp: torch's runtime, loaded before, serves both by its name.
+            extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno",
+                                "-Wall", "-Wextra", "-Wno-psabi", "-fopenmp"],
+            extra_link_args=["-fopenmp"],
         ),
         Extension(
             "data_prep._native",

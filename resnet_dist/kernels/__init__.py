@@ -1,8 +1,8 @@
 """Fused NHWC operations. `reference` says what each means; the functions here choose who does it.
 
 This is the one dispatch point: models call `kernels.op(...)` and never a backend. Triton on GPUs
-for float32 and 16-bit types; the library, compiled or not, elsewhere. `torch.compile` is always
-shown the plain formulation, which it fuses better than it sees through our own autograd.
+for float32 and 16-bit types; our own compiled loops or the library elsewhere. `torch.compile`
+is always shown the plain formulation, which it fuses better than it sees through our own autograd.
 
 Triton is imported when a GPU asks for it: machines without one need not have it.
 """
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_dist.kernels import batch_norm, reference
+from resnet_dist.kernels import batch_norm, native_batch_norm, reference
 
 
 def _by_triton(x: Tensor) -> bool:
@@ -50,6 +50,8 @@ def ghost_batch_norm(
         from resnet_dist.kernels.gpu import batch_norm as on_gpu
 
         return on_gpu.ghost_batch_norm(x, weight, bias, bn_batch, eps, residual, relu)
+    if native_batch_norm.suits(x, weight, residual):
+        return native_batch_norm.ghost_batch_norm(x, weight, bias, bn_batch, eps, residual, relu)
     return batch_norm.ghost_batch_norm(x, weight, bias, bn_batch, eps, residual, relu)
 
 
