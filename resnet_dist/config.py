@@ -248,6 +248,8 @@ class Config(Section):
     # Of convolutions and matrix products; weights and optimizer are float32 throughout.
     precision: Literal["bf16", "fp16", "tf32", "fp32"] = "bf16"
     gradient_dtype: Literal["fp32", "bf16"] = "fp32"  # in which ranks exchange gradients
+    # Replay forward and backward as one CUDA graph: for GPUs with few images each.
+    cuda_graphs: bool = False
     zero_stage: Annotated[int, Field(ge=0, le=2)] = 0  # engine=deepspeed: what ranks share out
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # Intra-op CPU threads of a rank. None: its cores in fast mode, 1 in exact mode, where the

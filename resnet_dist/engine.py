@@ -20,9 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from resnet_dist import optim
 from resnet_dist.clock import Exchange
-from resnet_dist.config import Config
-from resnet_dist.distributed import World, butterfly_all_reduce, tree_sum
+from resnet_dist.config import Config, ConfigError
+from resnet_dist.distributed import World, all_sum, butterfly_all_reduce, tree_sum
 from resnet_dist.engine_core import Engine, Normalization, euclidean, images_per_forward
+from resnet_dist.engine_graph import CudaRecorder, RecordedStep
 from resnet_dist.losses import Targets
 from resnet_dist.models import norm
 from resnet_dist.models.keyed import set_sample_keys
@@ -30,7 +31,10 @@ from resnet_dist.models.keyed import set_sample_keys
 
 def make_engine(model: nn.Module, config: Config, world: World,
                 normalization: Normalization) -> Engine:
-    """The configured engine. Collective."""
+    """The configured engine. Collective. Raises: ConfigError where the device cannot do it."""
+    if config.cuda_graphs and world.device.type != "cuda":
+        raise ConfigError(f"cuda_graphs = true: this rank computes on {world.device.type}; use "
+                          "cuda_graphs=false, or device=cuda where there is a GPU")
     if config.engine == "deepspeed":
         from resnet_dist.engine_deepspeed import DeepSpeedEngine  # costs seconds; only when asked
 
@@ -49,9 +53,13 @@ class DDPEngine(Engine):
         # Off unless fp16. torch's fused optimizers take the overflow flag on the device, so sgd and
         # adamw do not wait for it; the others read it once a step.
         self._scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16")
-        if self._exact:
+        self._recorded: RecordedStep | None = None
+        if config.cuda_graphs:
+            self._recorded = RecordedStep(self._share_gradients, CudaRecorder())
+        if self._exact or self._recorded:
             self._leaf, self._leaf_gradients = self._flat_gradients()
-        self._ddp = self._wrap() if world.size > 1 and not self._exact else None
+        flat = self._exact or self._recorded is not None
+        self._ddp = self._wrap() if world.size > 1 and not flat else None
         self._clipped: Tensor | None = None  # norm of the last gradient before it was clipped
         self._exchange = Exchange(world.device)
 
@@ -60,6 +68,9 @@ class DDPEngine(Engine):
     def _gradients(self, x: Tensor, targets: Targets, keys: Tensor | None) -> None:
         if self._exact:
             return self._exact_gradients(x, targets, keys)
+        if self._recorded is not None:
+            self._recorded(x, keys, targets.labels, targets.partners, targets.weights)
+            return self._sum_leaf_over_ranks()
         self.optimizer.zero_grad(set_to_none=True)
         model = self._ddp or self.module
         # Ranks are averaged, so each loss is the sum over its images times ranks / global batch.
@@ -74,6 +85,34 @@ class DDPEngine(Engine):
                 self._scaler.scale(loss * scale).backward()
             self._window += sums
 
+    def _share_gradients(self, x: Tensor, keys: Tensor | None, *targets: Tensor | None) -> None:
+        """This rank's part of the sum, into the flat gradient: what a CUDA graph records."""
+        labels, *mixed = targets
+        assert labels is not None
+        whole, size = Targets(labels, *mixed), images_per_forward(self.config, self.world)
+        self._clear_leaf()
+        for start in range(0, len(x), size):
+            part = slice(start, start + size)
+            loss, sums = self._forward(self.module, x[part], whole[part],
+                                       None if keys is None else keys[part])
+            self._scaler.scale(loss / self.config.batch_size).backward()
+            self._window += sums
+
+    def _sum_leaf_over_ranks(self) -> None:
+        if self.world.size == 1:
+            return
+        with self._exchange:
+            if self.config.gradient_dtype == "bf16":
+                self._leaf.copy_(all_sum(self._leaf.to(torch.bfloat16), self.world))
+            else:
+                all_sum(self._leaf, self.world)
+
+    def _clear_leaf(self) -> None:
+        """Zero the flat gradient and let every parameter's be its view."""
+        self._leaf.zero_()
+        for parameter, gradient in zip(self._trained, self._leaf_gradients, strict=True):
+            parameter.grad = gradient
+
     def _exact_gradients(self, x: Tensor, targets: Targets, keys: Tensor | None) -> None:
         """The same for exact mode; the window gets the global sums on every rank."""
         size = self.config.bn_batch
@@ -82,9 +121,7 @@ class DDPEngine(Engine):
 
         def leaf(group: int) -> Tensor:
             part = slice(group * size, (group + 1) * size)
-            self._leaf.zero_()
-            for parameter, gradient in zip(self._trained, self._leaf_gradients, strict=True):
-                parameter.grad = gradient
+            self._clear_leaf()
             loss, sums = self._forward(self.module, x[part], targets[part],
                                        None if keys is None else keys[part])
             self._scaler.scale(loss / self.config.batch_size).backward()

@@ -53,6 +53,8 @@ def broken_rules(config: Config) -> list[str]:
     if config.mode == "exact" and config.gradient_dtype != "fp32":
         refuse("gradient_dtype", config.gradient_dtype,
                "exact mode sums in float32; use gradient_dtype=fp32")
+    if config.cuda_graphs and (config.mode == "exact" or config.engine == "deepspeed"):
+        refuse("cuda_graphs", "true", "needs mode=fast and engine=ddp; or use cuda_graphs=false")
     if config.engine == "ddp" and config.zero_stage > 0:
         refuse("zero_stage", config.zero_stage, "needs engine=deepspeed; or use zero_stage=0")
     if config.zero_stage > 0 and config.optimizer.name in ("lars", "lamb"):

@@ -24,7 +24,7 @@ namespace {
 constexpr int WIDTH = 16;             // channels that are computed side by side
 constexpr int64_t CHUNK_ROWS = 128;   // at least; a chunk is one unit of parallel work
 constexpr int64_t MAX_CHUNKS = 64;    // of a group
-constexpr int64_t TILE_VALUES = 8192; // rows x channels that stay in the first cache
+constexpr int64_t TILE_VALUES = 2048; // rows x channels: four tensors of them stay in the first cache
 
 typedef float Floats __attribute__((vector_size(WIDTH * 4)));
 typedef int32_t Ints __attribute__((vector_size(WIDTH * 4)));
@@ -57,14 +57,6 @@ INLINE void keep_where(const Ints& mask, Floats& value) {
     std::memcpy(&value, &bits, sizeof bits);
 }
 
-// What a float becomes when it is stored as T, still as a float: its sign decides the ReLU.
-INLINE void round_to(const float*, Floats&) {}
-INLINE void round_to(const Bf16*, Floats& value) {
-    Bf16 stored[WIDTH];
-    store(stored, value);
-    load(stored, value);
-}
-
 struct Shape {
     int64_t rows, channels, chunks, chunk_rows;
     Shape(int64_t rows_, int64_t channels_) : rows(rows_), channels(channels_) {
@@ -74,7 +66,7 @@ struct Shape {
     }
     int64_t first(int64_t chunk) const { return chunk * chunk_rows; }
     int64_t last(int64_t chunk) const { return std::min(rows, (chunk + 1) * chunk_rows); }
-    int64_t tile_rows() const { return std::max<int64_t>(8, TILE_VALUES / channels); }
+    int64_t tile_rows() const { return std::max<int64_t>(4, TILE_VALUES / channels); }
 };
 
 // Calls body(c, first row, last row) so that rows x all channels are walked tile by tile.
@@ -179,7 +171,6 @@ INLINE void gradient_sums(const T* grad, const T* x, const T* y, T* masked, bool
                 store(masked + at, g);
             } else if (relu) {
                 Floats out = normalised(value, mean, scale, shift);
-                round_to(x, out);
                 keep_where((Ints)(out <= 0) ^ -1, g);
             }
             plain += g;
@@ -210,7 +201,6 @@ INLINE void gradient(const T* grad, const T* x, T* grad_x, bool recompute, const
             load(grad + at, g);
             if (recompute) {
                 Floats out = normalised(value, mean, scale, shift);
-                round_to(x, out);
                 keep_where((Ints)(out <= 0) ^ -1, g);
             }
             store(grad_x + at, (g - constant - (value - mean) * slope) * scale);

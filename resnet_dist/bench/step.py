@@ -1,0 +1,240 @@
+"""The training step beside what a user would write with torch alone.
+
+    python -m resnet_dist.bench.step --model resnet50 --batch 32 [--rounds 5] [--steps 3]
+
+Peers: the same network with `nn.BatchNorm2d` over the whole batch, addition and ReLU on their own,
+torch's AMP and its fused SGD; eager in NCHW and NHWC, and compiled. All take the same uint8 images
+and return after the weights have moved. Everyone is a process of its own; rounds alternate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from resnet_dist.bench.rounds import Competitor, Numbers, alternate, serve, summary
+from resnet_dist.bench.traffic import floor_s, step_kernels, totals
+from resnet_dist.config import config_from_dict
+from resnet_dist.distributed import init_world
+from resnet_dist.engine import make_engine
+from resnet_dist.engine_core import AUTOCAST_DTYPES
+from resnet_dist.models import build_model
+from resnet_dist.models.norm import GhostBatchNorm2d
+
+COMPETITORS = {
+    "ours": "this project's step",
+    "eager_nchw": "torch, NCHW, AMP",
+    "eager_nhwc": "torch, channels_last, AMP",
+    "compiled_nhwc": "torch.compile, channels_last, AMP",
+}
+GRAPHS = "ours_graphs"  # our step replayed from a CUDA graph: GPUs only
+
+
+def bench_step(args: argparse.Namespace, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Images/s of every competitor over alternating rounds, and shares of the floor.
+
+    Raises: CompetitorFailed.
+    """
+    names = [name for name in COMPETITORS if name not in args.without]
+    if torch.cuda.is_available():
+        names.insert(1, GRAPHS)
+    settings = json.dumps({key: getattr(args, key) for key in
+                           ("model", "batch", "bn_batch", "size", "precision", "threads", "steps")})
+
+    def begin(name: str) -> Callable[[], Competitor]:
+        return lambda: Competitor(name, ["resnet_dist.bench.step", "--serve", name, settings],
+                                  os.environ)
+
+    found = alternate({name: begin(name) for name in names}, args.rounds, progress)
+    result: dict[str, Any] = {
+        **{key: getattr(args, key) for key in ("model", "batch", "bn_batch", "size", "precision",
+                                               "threads", "rounds", "steps")},
+        "device": device_name(), "torch": torch.__version__, "rounds_measured": found,
+        "competitors": {name: {key: summary(values) for key, values in numbers.items()}
+                        for name, numbers in found.items()},
+    }
+    ours = result["competitors"]["ours"]["images_per_s"]["median"]
+    result["ours_is"] = {name: ours / numbers["images_per_s"]["median"] for name, numbers in
+                         result["competitors"].items() if name in COMPETITORS and name != "ours"}
+    progress("measuring this device's memory and arithmetic")
+    copy, arithmetic = ceilings(args.precision, args.threads)
+    result["bytes_per_s"], result["flops_per_s"] = copy, arithmetic
+    result["levels"] = {}
+    for level in ("eager", "fused"):
+        kernels = step_kernels(args.model, batch=args.batch, size=args.size,
+                               num_classes=classes(args.size), level=level,  # type: ignore[arg-type]
+                               element=2 if args.precision in AUTOCAST_DTYPES else 4)
+        size, flops = totals(kernels)
+        rate = args.batch / floor_s(kernels, copy, arithmetic)
+        result["levels"][level] = {"bytes": size, "flops": flops, "images_per_s": rate,
+                                   "ours": ours / rate}
+    return result
+
+
+def ceilings(precision: str, threads: int) -> tuple[float, float]:
+    """Measured bytes/s of a large copy (read and write) and FLOP/s of a large matrix product."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(threads)
+    count, side = (2**28, 8192) if device.type == "cuda" else (2**26, 2048)
+    dtype = AUTOCAST_DTYPES.get(precision, torch.float32)
+    source = torch.ones(count, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+
+    def best_s(work: Callable[[], object]) -> float:
+        times = []
+        for _ in range(8):
+            began = time.perf_counter()
+            work()
+            wait_for(device)
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    return (2 * 4 * count / best_s(lambda: target.copy_(source)),
+            2 * side**3 / best_s(lambda: a @ b))
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = [line.split(":")[1].strip() for line in open("/proc/cpuinfo")  # noqa: SIM115
+             if line.startswith("model name")]
+    return f"{len(os.sched_getaffinity(0))} cores of {model[0] if model else 'a CPU'}"
+
+
+def classes(size: int) -> int:
+    return 1000 if size > 64 else 10
+
+
+# -- One competitor --------------------------------------------------------------------------------
+
+def _serve(name: str, settings: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batch, size = settings["batch"], settings["size"]
+    images = torch.randint(256, (batch, size, size, 3), dtype=torch.uint8)
+    labels = torch.randint(classes(size), (batch,))
+    if device.type == "cuda":
+        images, labels = images.pin_memory(), labels.pin_memory()
+    if name in ("ours", GRAPHS):
+        step = _our_step(settings, images, labels, graphs=name == GRAPHS)
+    else:
+        step = _plain_step(name, settings, images, labels, device)
+
+    def work() -> Numbers:
+        step()  # the first after a pause finds cold caches
+        wait_for(device)
+        began, cpu = time.perf_counter(), time.process_time()
+        for _ in range(settings["steps"]):
+            step()
+        wait_for(device)
+        took = time.perf_counter() - began
+        done = settings["steps"] * batch
+        peak = (torch.cuda.max_memory_allocated() if device.type == "cuda"
+                else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        return {"images_per_s": done / took, "cpu_ms_an_image":
+                1e3 * (time.process_time() - cpu) / done, "peak_mb": peak / 1e6}
+
+    serve(work)
+
+
+def _our_step(settings: dict[str, Any], images: Tensor, labels: Tensor, *,
+              graphs: bool) -> Callable[[], None]:
+    config = config_from_dict({
+        "name": "bench", "batch_size": settings["batch"], "bn_batch": settings["bn_batch"],
+        "precision": settings["precision"], "threads": settings["threads"],
+        "cuda_graphs": graphs,
+        "model": {"name": settings["model"]}, "schedule": {"name": "constant"},
+        "augment": {"name": "random_resized_crop", "size": settings["size"]}})
+    world = init_world(config)
+    model = build_model(settings["model"], num_classes=classes(settings["size"]),
+                        bn_batch=settings["bn_batch"])
+    shape = (1, 3, 1, 1)
+    engine = make_engine(model, config, world, (np.full(shape, 0.45, np.float32),
+                                                np.full(shape, 4.4, np.float32)))
+    return lambda: engine.train_step(images, labels, None, 0.01)
+
+
+class _BatchNorm(nn.BatchNorm2d):
+    """torch's own where the model calls for ours."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        y = super().forward(x)
+        y = y if residual is None else y + residual
+        return F.relu(y) if relu else y
+
+
+def plain_model(name: str, num_classes: int) -> nn.Module:
+    """The network in torch's modules alone."""
+    model = build_model(name, num_classes=num_classes)
+    for module in list(model.modules()):
+        for child_name, child in module.named_children():
+            if isinstance(child, GhostBatchNorm2d):
+                setattr(module, child_name, _BatchNorm(child.num_features, eps=child.eps))
+            elif isinstance(child, nn.MaxPool2d):
+                setattr(module, child_name, nn.MaxPool2d(child.kernel_size, child.stride,
+                                                         child.padding))
+    return model
+
+
+def _plain_step(name: str, settings: dict[str, Any], images: Tensor, labels: Tensor,
+                device: torch.device) -> Callable[[], None]:
+    torch.set_num_threads(settings["threads"])
+    layout = torch.contiguous_format if name == "eager_nchw" else torch.channels_last
+    model = plain_model(settings["model"], classes(settings["size"])).to(device)
+    model = model.to(memory_format=layout)  # type: ignore[call-overload]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4,
+                                fused=True)
+    run = torch.compile(model) if name == "compiled_nhwc" else model
+    dtype = AUTOCAST_DTYPES.get(settings["precision"])
+    mean = torch.full((1, 3, 1, 1), 0.45 * 255, device=device)
+
+    def step() -> None:
+        x = images.to(device, non_blocking=True).permute(0, 3, 1, 2).float()
+        x = x.sub_(mean).mul_(4.4 / 255).contiguous(memory_format=layout)
+        with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            logits = run(x)
+        loss = F.cross_entropy(logits.float(), labels.to(device, non_blocking=True))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--serve"]:
+        return _serve(sys.argv[2], json.loads(sys.argv[3]))
+    parser = argparse.ArgumentParser(description="The training step beside torch's own.")
+    parser.add_argument("--model", default="resnet50")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--bn-batch", type=int, default=32)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--without", action="append", default=[], choices=list(COMPETITORS))
+    args = parser.parse_args()
+    result = bench_step(args, lambda line: print(line, file=sys.stderr))  # noqa: T201
+    sys.stdout.write(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
