@@ -194,11 +194,21 @@ fill_wheels() {
     say "Filling $WHEELS"
     "${pip[@]}" -c constraints.txt pip setuptools wheel
     "$VENV/bin/python" -m pip wheel --quiet -w "$WHEELS" -c constraints.txt pip setuptools wheel \
-        torch numpy "setuptools>=77" ".$EXTRAS"
+        torch numpy "setuptools>=77" ".$EXTRAS" \
+        "opencv-python-headless==$(sed -n 's/^opencv-python==//p' constraints.txt)"
     rm -f "$WHEELS"/resnet_dist-*.whl "$WHEELS"/ffcv-*.whl  # built where they are used
     "$VENV/bin/python" -m pip download --quiet --no-deps --no-binary ffcv -d "$WHEELS" \
         -c constraints.txt ffcv
     say "Ready: copy $WHEELS and this folder, and run ./install.sh --offline WHEELS there."
+}
+
+# FFCV asks for opencv-python, which does not load without a display's libraries; its twin does.
+without_display() {
+    local version
+    "$VENV/bin/python" -c 'import cv2' 2>/dev/null && return
+    version=$(sed -n 's/^opencv-python==//p' constraints.txt)
+    "$VENV/bin/python" -m pip uninstall --quiet --yes opencv-python opencv-python-headless
+    "${pip[@]}" "opencv-python-headless==$version"
 }
 
 check_libraries() {
@@ -246,5 +256,6 @@ say "Installing Python packages into $VENV (a few minutes the first time)"
 # torch first: DeepSpeed's build looks at the installed one.
 "${pip[@]}" -c constraints.txt torch numpy
 PYTHONWARNINGS=ignore "${pip[@]}" -c constraints.txt -e ".$EXTRAS"
+without_display
 check_libraries
 say "Ready."

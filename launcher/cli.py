@@ -170,15 +170,45 @@ def status(
 @app.command()
 def logs(
     run: Run,
-    rank: Annotated[int | None, typer.Option("--rank", help="only this rank")] = None,
+    rank: Annotated[list[int] | None, typer.Option("--rank", help="only this; repeatable")] = None,
+    grep: Annotated[str | None, typer.Option("--grep", metavar="REGEX")] = None,
+    since: Annotated[str | None, typer.Option(
+        "--since", help="an age such as 10m, 2h or 1d, or a moment '2026-11-21 11:30'")] = None,
+    level: Annotated[str | None, typer.Option("--level", help="warning: those and errors")] = None,
+    attempt: Annotated[int | None, typer.Option("--attempt", help="only this")] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="keep printing")] = False,
     runs: Runs = "runs",
+    as_json: Json = False,
 ) -> None:
-    """Print a run's logs, merged by time, each line with its rank."""
-    from launcher.control import print_logs
+    """Print a run's logs, merged by time, each line with its rank.
+
+    Example: `resnet-dist logs resnet50 --level warning --since 2h`
+    """
+    from launcher.freeze import find_run
+    from launcher.logs import print_logs, wanted
+
+    print_logs(console, find_run(run, runs), wanted(rank or (), grep, since, level, attempt),
+               follow=follow, as_json=as_json)
+
+
+@app.command()
+def compare(
+    first: Run,
+    others: Annotated[list[str], typer.Argument(metavar="RUN ...", help="to lay beside it")],
+    curve: Annotated[str, typer.Option("--curve", help="loss, top1, images_per_s, ...")] = "loss",
+    png: Annotated[Path | None, typer.Option("--png", help="draw the curves to this file")] = None,
+    runs: Runs = "runs",
+    as_json: Json = False,
+) -> None:
+    """What differs between runs: settings, results, curves.
+
+    Example: `resnet-dist compare resnet20 plain20 --curve top1 --png curves.png`
+    """
+    from launcher.compare import compare_runs
     from launcher.freeze import find_run
 
-    print_logs(console, find_run(run, runs), rank=rank, follow=follow)
+    compare_runs(console, [find_run(name, runs) for name in (first, *others)], curve, png,
+                 as_json=as_json)
 
 
 @app.command()
@@ -263,13 +293,18 @@ def evaluate(
 @app.command()
 def tensorboard(
     names: Annotated[list[str] | None, typer.Argument(metavar="[RUN ...]")] = None,
-    port: Annotated[int, typer.Option("--port", help="on localhost")] = 6006,
+    port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 6006,
+    everyone: Annotated[bool, typer.Option(
+        "--everyone", help="listen beyond localhost: no password guards it")] = False,
     runs: Runs = "runs",
 ) -> None:
-    """Show curves in a browser; on localhost only. Over SSH it prints the tunnel command."""
-    from launcher.foreground import run_tensorboard
+    """Show curves in a browser; on localhost only. Over SSH it prints the tunnel command.
 
-    raise typer.Exit(run_tensorboard(console, names or [], runs, port))
+    Example: `resnet-dist tensorboard resnet20 plain20 --port 6007`
+    """
+    from launcher.board import run_tensorboard
+
+    raise typer.Exit(run_tensorboard(console, names or [], runs, port, everyone=everyone))
 
 
 @app.command()

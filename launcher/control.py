@@ -1,22 +1,17 @@
-"""Verbs on a run that exists: logs, stop, resume."""
+"""Verbs on a run that exists: stop, resume."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import signal
-import time
 from collections.abc import Collection
-from pathlib import Path
-
-from rich.console import Console
 
 from launcher import scheduler
 from launcher.events import Process, record
 from launcher.freeze import renew_code, rewrite_config
 from launcher.identity import check_identity
-from launcher.status import RunStatus, run_status, statuses
+from launcher.status import RunStatus, statuses
 from launcher.submit import submit
 from resnet_dist.config import (
     Config,
@@ -29,56 +24,7 @@ from resnet_dist.config import (
 from resnet_dist.data.manifest import check_dataset
 from resnet_dist.paths import RunPaths
 
-_STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[.,]\d+")
 _MAY_CHANGE = ("cluster", "launch", "checkpoint", "log", "eval", "data")
-
-
-def print_logs(console: Console, run: RunPaths, *, rank: int | None, follow: bool) -> None:
-    """Print the ranks' logs merged by time, each line with its rank.
-
-    Args:
-        follow: go on as lines arrive, until the run is over or Ctrl-C.
-
-    Raises: ConfigError where the rank has no log.
-    """
-    files = [run.rank_log(rank)] if rank is not None else sorted(run.logs.glob("rank_*.log"))
-    if rank is not None and not files[0].exists():
-        raise ConfigError(f"--rank = {rank}: no log of it in {run.logs}")
-    if not files and not follow:
-        console.print(f"no logs yet in {run.logs}; `resnet-dist status {run.name}` says why")
-        return
-    offsets: dict[Path, int] = {}
-    try:
-        while True:
-            over = run_status(run).over  # asked before reading, so that the last lines are read
-            files = files if rank is not None else sorted(run.logs.glob("rank_*.log"))
-            lines = [line for file in files for line in _new_lines(file, offsets)]
-            for _, name, text in sorted(lines, key=lambda line: line[0]):
-                console.print(f"{name} {text}", markup=False, highlight=False, soft_wrap=True)
-            if not follow or over:
-                return
-            time.sleep(0.5)
-    except KeyboardInterrupt:
-        return
-
-
-def _new_lines(file: Path, offsets: dict[Path, int]) -> list[tuple[str, str, str]]:
-    """(time stamp, rank, text) of the whole lines since the last call.
-
-    A line without a stamp (a traceback) belongs to the stamp before it.
-    """
-    with open(file, "rb") as handle:
-        handle.seek(offsets.get(file, 0))
-        data = handle.read()
-    end = data.rfind(b"\n") + 1
-    offsets[file] = offsets.get(file, 0) + end
-    number = file.stem.removeprefix("rank_")
-    lines, stamp = [], ""
-    for text in data[:end].decode(errors="replace").splitlines():
-        found = _STAMP.match(text)
-        stamp = found[0].replace(",", ".") if found else stamp
-        lines.append((stamp, f"[{number}]", text))
-    return lines
 
 
 def stop(run: RunPaths, *, now: bool) -> str:

@@ -1,4 +1,4 @@
-"""Verbs that run here and now: `train`, `eval`, `tensorboard`.
+"""Verbs that run here and now: `train`, `eval`, `export`.
 
 `train` is one rank where torchrun started it (RANK is set), and otherwise the supervisor with all
 ranks of one node as its children. torch is only ever imported by the child processes.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -156,26 +155,3 @@ def doctor_here(console: Console, overrides: list[str], *, slurm: bool, data: st
     else:
         show(console, findings)
     return int(any(finding["state"] == "problem" for finding in findings))
-
-
-def run_tensorboard(console: Console, names: list[str], runs: str, port: int) -> int:
-    """TensorBoard over the named runs (all of them where none is), on localhost, until Ctrl-C."""
-    if names:
-        folders = {RunPaths(find_run(name, runs).root).name: find_run(name, runs).tensorboard
-                   for name in names}
-        where = ["--logdir_spec", ",".join(f"{name}:{path}" for name, path in folders.items())]
-    else:
-        if not Path(runs).is_dir():
-            raise ConfigError(f"--runs = {runs}: no such folder; name one that holds runs")
-        where = ["--logdir", runs]
-    if "SSH_CONNECTION" in os.environ:
-        host = os.environ["SSH_CONNECTION"].split()[2]
-        console.print(f"on your own machine:  ssh -N -L {port}:localhost:{port} "
-                      f"{os.environ.get('USER', 'you')}@{host or socket.gethostname()}")
-    console.print(f"then open  http://localhost:{port}")
-    command = [sys.executable, "-m", "tensorboard.main", *where, "--host", "localhost",
-               "--port", str(port)]
-    try:
-        return subprocess.run(command).returncode
-    except KeyboardInterrupt:
-        return 0

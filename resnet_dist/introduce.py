@@ -15,10 +15,9 @@ _ALWAYS = ("seed", "model.name", "batch_size", "optimizer.lr", "optimizer.weight
 _NEVER = ("name", "runs", "profile", "data.", "launch.", "log.", "checkpoint.", "eval.")
 
 
-def introduce(metrics: Metrics, run: RunPaths, config: Config, step: int, ranks: int) -> None:
-    """Mark the start of an attempt at `step`, and write down what is run."""
-    note = f"resumed at step {step}" if step else "started"
-    metrics.mark("start", step, f"{note} on {ranks} ranks")
+def introduce(metrics: Metrics, run: RunPaths, config: Config, step: int, note: str) -> None:
+    """Mark the start of an attempt at `step` with a `note`, and write down what is run."""
+    metrics.mark("start", step, note)
     metrics.text("config", indented(run.config.read_text(encoding="utf-8")), step)
     origin = json.loads(run.provenance.read_text(encoding="utf-8"))
     metrics.text("provenance", indented(json.dumps(origin, indent=1)), step)

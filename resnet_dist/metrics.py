@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams as session_summaries
 
+from resnet_dist.curves import drop_lines_after, read_lines
 from resnet_dist.event_files import drop_after, put_before_now
 from resnet_dist.paths import RunPaths
 from resnet_dist.sheet import encoded
@@ -50,7 +50,7 @@ class Metrics:
     """
 
     def __init__(self, run: RunPaths, step: int) -> None:
-        _drop_after(run.metrics, step)
+        drop_lines_after(run.metrics, step)
         drop_after(run.tensorboard, step)
         put_before_now(run.tensorboard)
         run.metrics.parent.mkdir(parents=True, exist_ok=True)
@@ -147,28 +147,3 @@ def event_table(events: list[dict[str, Any]]) -> str:
 
 def _moment(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
-
-
-def read_lines(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """All whole lines of a metrics file, oldest first; a torn last line is left out."""
-    if not path.exists():
-        return []
-    lines = []
-    for raw in path.read_bytes().split(b"\n")[:-1]:
-        line = json.loads(raw)
-        if kind is None or line["kind"] == kind:
-            lines.append(line)
-    return lines
-
-
-def _drop_after(path: Path, step: int) -> None:
-    """Rewrite the file without torn lines and lines past `step`, atomically."""
-    if not path.exists():
-        return
-    kept = [json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= step]
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -96,7 +96,7 @@ def train(run: RunPaths, config: Config, world: World, signals: SignalFlag) -> i
     log.info("%s: %d ranks, %d steps of %d images", note, world.size, config.steps,
              config.batch_size)
     if metrics:
-        introduce(metrics, run, config, step, world.size)
+        introduce(metrics, run, config, step, f"{note} on {world.size} ranks")
 
     first_image = world.rank * (config.batch_size // world.size)  # of this rank, in a global batch
     stop, clock, heart, gauges = 0, Clock(step), Heart(run, world), Gauges(world.device)
@@ -293,7 +293,7 @@ def main(arguments: list[str]) -> int:
     """Run one rank on the run directory in `arguments`; the exit code."""
     rank = int(os.environ.get("RANK", 0))
     logging.basicConfig(level=logging.INFO, stream=sys.stderr,
-                        format=f"%(asctime)s rank {rank}: %(message)s")
+                        format=f"%(asctime)s rank {rank} %(levelname)s: %(message)s")
     # torch 2.13 renames arguments that 2.11 does not know yet; nothing a user could act on.
     warnings.simplefilter("ignore", FutureWarning)
     run = RunPaths(Path(arguments[0]).absolute())

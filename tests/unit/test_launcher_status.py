@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from launcher import scheduler
-from launcher.control import print_logs, resume, stop
+from launcher.control import resume, stop
 from launcher.events import (
     Process,
     last_attempt,
@@ -213,21 +213,7 @@ def test_json_is_one_object_a_run(tmp_path, monkeypatch):
     assert "events" not in lines[0]
 
 
-# -- logs, stop, resume, submit --------------------------------------------------------------------
-
-def test_logs_are_merged_by_time_and_tracebacks_stay_together(tmp_path):
-    run, _ = make_run(tmp_path / "run")
-    run.rank_log(0).write_text("2026-01-01 00:00:01,000 one\n2026-01-01 00:00:04,000 four\n")
-    run.rank_log(1).write_text("2026-01-01 00:00:02,000 two\nTraceback:\n"
-                               "2026-01-01 00:00:03,000 three\nan unfinished li")
-    text = io.StringIO()
-    print_logs(Console(file=text, width=200), run, rank=None, follow=False)
-    assert [line.split()[-1] for line in text.getvalue().splitlines()] == [
-        "one", "two", "Traceback:", "three", "four"]
-    assert text.getvalue().splitlines()[1].startswith("[0001]")
-    with pytest.raises(ConfigError, match="--rank = 7"):
-        print_logs(Console(file=text), run, rank=7, follow=False)
-
+# -- stop, resume, submit --------------------------------------------------------------------
 
 def test_stop_now_never_signals_a_recycled_pid(tmp_path):
     run, config = make_run(tmp_path / "run")

@@ -1,0 +1,90 @@
+"""`resnet-dist tensorboard`: curves and pictures in a browser, for this user alone.
+
+TensorBoard has no passwords: whoever reaches its port reads every run. So it listens on localhost,
+and over SSH a tunnel leads there.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from launcher.freeze import find_run
+from resnet_dist.config import ConfigError
+from resnet_dist.paths import RunPaths
+
+
+def run_tensorboard(console: Console, names: list[str], runs: str, port: int, *,
+                    everyone: bool = False) -> int:
+    """TensorBoard over the named runs (all of them where none is), until Ctrl-C.
+
+    Args:
+        everyone: listen on every interface, for whoever reaches this machine.
+
+    Raises: ConfigError where a run is not there or the port is taken.
+    """
+    where = _log_folders(names, runs)
+    host = "0.0.0.0" if everyone else "localhost"
+    _check_free(host, port)
+    if everyone:
+        console.print(f"[bold red]warning[/]  listening on every interface of {platform.node()}, "
+                      f"without a password: whoever reaches port {port} reads these runs",
+                      soft_wrap=True)
+    else:
+        command = tunnel(dict(os.environ), port)
+        if command:
+            console.print(f"on your own machine:  {command}", highlight=False, soft_wrap=True)
+    console.print(f"then open  http://{platform.node() if everyone else 'localhost'}:{port}",
+                  highlight=False)
+    command_line = [sys.executable, "-m", "tensorboard.main", *where, "--port", str(port),
+                    "--host", host]
+    try:
+        return subprocess.run(command_line).returncode
+    except KeyboardInterrupt:
+        return 0
+
+
+def tunnel(environment: dict[str, str], port: int) -> str:
+    """What to type at home to reach `port` of this machine's localhost; "" where one sits at it.
+
+    Inside an allocation the way to the node leads over the host that the job was submitted from.
+    """
+    user = environment.get("USER") or "USER"
+    forward = f"ssh -N -L {port}:localhost:{port}"
+    if "SLURM_JOB_ID" in environment and "SLURM_SUBMIT_HOST" in environment:
+        here = environment.get("SLURMD_NODENAME") or platform.node()
+        login = environment["SLURM_SUBMIT_HOST"]
+        if here != login:
+            return f"{forward} -J {user}@{login} {user}@{here}"
+    connection = environment.get("SSH_CONNECTION", "").split()
+    if not connection:
+        return ""
+    address = connection[2] if len(connection) == 4 else platform.node()
+    return f"{forward} {user}@{address}"
+
+
+def _log_folders(names: list[str], runs: str) -> list[str]:
+    if not names:
+        if not Path(runs).is_dir():
+            raise ConfigError(f"--runs = {runs}: no such folder; name one that holds runs")
+        return ["--logdir", runs]
+    folders = {RunPaths(find_run(name, runs).root).name: find_run(name, runs).tensorboard
+               for name in names}
+    return ["--logdir_spec", ",".join(f"{name}:{path}" for name, path in folders.items())]
+
+
+def _check_free(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            probe.listen()
+        except OSError as error:
+            raise ConfigError(f"--port = {port}: cannot be opened ({error.strerror}); name "
+                              f"another, e.g. --port {port + 1}") from None
