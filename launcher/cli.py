@@ -43,6 +43,7 @@ def convert(
     dst: Annotated[Path, typer.Argument(help="data set directory to write")],
     options: Overrides = None,
     slurm: Annotated[bool, typer.Option("--slurm", help="as a job array")] = False,
+    as_json: Json = False,
 ) -> None:
     """Convert images to FFCV shards. The same command again finishes a killed conversion.
 
@@ -58,6 +59,10 @@ def convert(
         assert manifest is not None, "it waited"
     else:
         manifest = convert(source, dst, checked, progress=True)
+    if as_json:
+        print(json.dumps({"dataset": str(dst), "classes": manifest.num_classes, "splits": {
+            name: split.samples for name, split in manifest.splits.items()}}))
+        return
     counts = ", ".join(f"{split.samples:,} {name}" for name, split in manifest.splits.items())
     console.print(f"[green]done[/]  {dst}: {counts} images in {manifest.num_classes} classes")
 
@@ -216,12 +221,17 @@ def stop(
     run: Run,
     now: Annotated[bool, typer.Option("--now", help="kill without a checkpoint")] = False,
     runs: Runs = "runs",
+    as_json: Json = False,
 ) -> None:
     """Save a checkpoint and end the job; `resume` continues it."""
     from launcher.control import stop
     from launcher.freeze import find_run
 
-    console.print(stop(find_run(run, runs), now=now))
+    done = stop(find_run(run, runs), now=now)
+    if as_json:
+        print(json.dumps({"run": run, "done": done}))
+    else:
+        console.print(done, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -230,7 +240,8 @@ def resume(run: Run, options: Overrides = None,
            code: Annotated[str, typer.Option(
                "--code", help="frozen: as it was submitted; current: as installed now")] = "frozen",
            allow: Allow = "",
-           runs: Runs = "runs") -> None:
+           runs: Runs = "runs",
+           as_json: Json = False) -> None:
     """Continue a run from its newest checkpoint, on other nodes or for more steps.
 
     Example: `resnet-dist resume resnet50 steps=700000 launch.nodes=4`
@@ -240,7 +251,10 @@ def resume(run: Run, options: Overrides = None,
 
     found = find_run(run, runs)
     job = resume(found, options or [], local=local, code=code, allow=_words(allow))
-    console.print(f"[green]resumed[/]  job {job}")
+    if as_json:
+        print(json.dumps({"run": str(found.root), "job": job}))
+    else:
+        console.print(f"[green]resumed[/]  job {job}", highlight=False)
 
 
 @app.command("eval")
@@ -314,6 +328,7 @@ def export(
     out: Annotated[Path, typer.Option("--out", help="file to write")],
     step: Annotated[int | None, typer.Option("--step", help="checkpoint; default newest")] = None,
     runs: Runs = "runs",
+    as_json: Json = False,
 ) -> None:
     """Write a checkpoint's weights for another program.
 
@@ -321,8 +336,12 @@ def export(
     """
     from launcher.foreground import export_here
 
-    console.print(f"[green]written[/]  {out}, weights of step "
-                  f"{export_here(run, runs, form, out, step)}")
+    written = export_here(run, runs, form, out, step)
+    if as_json:
+        print(json.dumps({"file": str(out), "step": written}))
+    else:
+        console.print(f"[green]written[/]  {out}, weights of step {written}", highlight=False,
+                      soft_wrap=True)
 
 
 @app.command()

@@ -257,7 +257,8 @@ def show_status(console: Console, run: str | None, runs: Path, *, watch: bool,
     if as_json:
         # One object a run, so that a script reads lines.
         for status in found:
-            console.file.write(json.dumps(status.as_json()) + "\n")
+            history = {"events": list(status.events)} if run is not None else {}
+            console.file.write(json.dumps(status.as_json() | history) + "\n")
     elif not found:
         console.print("no runs yet; `resnet-dist submit CONFIG` makes one")
     elif watch:
@@ -338,12 +339,16 @@ def _show(console: Console, found: list[RunStatus], note: str) -> Group:
 
 def _print_history(console: Console, status: RunStatus) -> None:
     for event in status.events:
-        facts = ", ".join(f"{key} {value}" for key, value in event.items()
+        facts = ", ".join(f"{key} {_words(value)}" for key, value in event.items()
                           if key not in ("time", "event", "boot", "began", "pids", "port")
                           and value not in ("", [], None))
         moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))
         console.print(f"{moment}  {event['event']:<10} {facts}", markup=False, highlight=False,
                       soft_wrap=True)
+
+
+def _words(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _number(value: float | None, form: str) -> str:

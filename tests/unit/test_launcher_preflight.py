@@ -20,7 +20,7 @@ from launcher.cluster import cluster_problems, minutes, partitions
 from launcher.costs import estimate, free_bytes
 from launcher.preflight import check
 from launcher.sbatch import batch_script, python_command, sbatch_parameters
-from resnet_dist.clusters import load_profile, profile_folders, profile_names
+from resnet_dist.clusters import KEYS, load_profile, profile_folders, profile_names
 from resnet_dist.config import Config, ConfigError, config_from_dict, dump_config, load_config
 from resnet_dist.data.manifest import load_manifest
 from resnet_dist.models.names import MODELS
@@ -114,6 +114,12 @@ def test_a_missing_profile_is_answered_with_the_nearest(cluster: Path) -> None:
         load_config(RECIPE, ["cluster=grs"])
     with pytest.raises(ConfigError, match=r"cluster = no/such.yaml: no such file"):
         load_config(RECIPE, ["cluster=no/such.yaml"])
+
+
+def test_the_guide_explains_every_key_of_a_profile() -> None:
+    guide = (ROOT / "docs" / "cluster-guide.md").read_text()
+    missing = [key for key in KEYS if f"`{key}`" not in guide]
+    assert not missing
 
 
 # -- what sbatch is told ---------------------------------------------------------------------------
