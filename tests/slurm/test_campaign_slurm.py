@@ -134,19 +134,3 @@ def test_the_dry_run_shows_the_very_script_that_is_submitted(campaign: Checkout)
                     if "job-name=chain" in path.read_text()]
     after = next(event["after"] for event in read_events(run) if event["event"] == "submitted")
     assert batch_script(frozen, run, after) == submitted
-
-
-def test_doctor_examines_two_nodes_and_what_is_between_them(campaign: Checkout, digits: Path,
-                                                            tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "launcher.cli", "doctor", "--slurm", "--json", "launch.nodes=2",
-         "launch.cpus_per_rank=1", "launch.partition=main", f"runs={tmp_path}", "--data", digits],
-        capture_output=True, text=True, timeout=200, cwd=ROOT)
-    assert done.returncode == 0, (done.stdout, done.stderr)
-    found = {line["what"]: line for line in json.loads(done.stdout)}
-    assert found["all-reduce"]["found"].startswith("gloo, 2 ranks on 2 nodes: ResNet-50's gradient")
-    for what in ("torch", "decoder", "file system", "data set", "shared folder", "shared locks",
-                 "clocks"):
-        assert found[what]["state"] == "ok", found[what]
-    assert found["torch"]["where"] == "all"
-    assert list(tmp_path.iterdir()) == [], "nothing is left behind"

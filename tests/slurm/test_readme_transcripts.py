@@ -1,0 +1,98 @@
+"""The README's examples, typed one after the other on the local SLURM.
+
+A command stands behind `$ `, what it printed below it. A line of output holds when the command
+prints it again, numbers, times and paths apart; `...` stands for what is left out. Commands
+that only look are repeated until what they show is what the README shows: a job takes its time.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT
+
+# Sections whose examples belong to one story, told on the digits with a cluster of four nodes.
+SECTIONS = ("### Submit", "### Watch", "### Resume")
+LOOKS = ("status", "doctor")
+SUBMITS = re.compile(r"--sweep|--convert")
+NAMES = re.compile(r"name=(\w+)")
+
+
+def transcripts(text: str) -> list[tuple[str, list[str]]]:
+    """(command, lines it printed) in the order of the page."""
+    found: list[tuple[str, list[str]]] = []
+    for section in SECTIONS:
+        body = text.split(f"\n{section}\n")[1].split("\n### ")[0]
+        for block in re.findall(r"(?:^    .*\n|^\n(?=    ))+", body, re.M):
+            lines = [line[4:] for line in block.splitlines() if line.startswith("    ")]
+            for line in lines:
+                if found and found[-1][0].endswith("\\") and not found[-1][1]:
+                    found[-1] = (found[-1][0][:-1].strip() + " " + line.strip(), [])
+                elif line.startswith("$ "):
+                    found.append((line[2:], []))
+                elif found and lines[0].startswith("$ "):
+                    found[-1][1].append(line)
+    return found
+
+
+def skeleton(line: str) -> str:
+    """What stays the same from run to run."""
+    line = re.sub(r"[┏┓┗┛┡┩┃│━─┴┬┼└┘╇┳┻├┤]", " ", line)
+    line = re.sub(r"/[\w./-]+/", "PATH/", line)
+    line = re.sub(r"\b\d+[dhms]\d*[hms]?\b|[\d][\d,.:%T-]*|-(?=\s)", "#", line)
+    return " ".join(line.split())
+
+
+@pytest.fixture
+def home(slurm: Any, digits: Path, tmp_path: Path) -> Path:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "digits").symlink_to(digits)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    return tmp_path
+
+
+def test_a_skeleton_forgets_numbers_and_paths_alone() -> None:
+    assert skeleton("│ digits │ running │ 37 / 100 │ - │ 24s │ 1.852 │") == \
+        skeleton("│ digits │ running │ 9 / 100 │ 51.2 │ 1m05s │ 0.1 │")
+    assert skeleton("submitted  job 3, run directory /home/me/runs/a") == \
+        skeleton("submitted  job 41, run directory /tmp/x/runs/a")
+    assert skeleton("a │ running") != skeleton("a │ failed")
+
+
+@pytest.mark.timeout(400)
+def test_every_example_prints_what_the_readme_shows(home: Path) -> None:
+    said = transcripts((ROOT / "README.md").read_text())
+    assert len(said) >= 8
+    # The run `digits` goes on while one reads about sweeps: its story first, then the rest.
+    said.sort(key=lambda pair: not re.search(r"name=digits|digits launch|digits$", pair[0]))
+    for command, shown in said:
+        words = command.split()
+        assert words[0] == "resnet-dist"
+        wanted = [skeleton(line) for line in shown if line.strip() not in ("", "...")]
+        deadline = time.monotonic() + 120
+        while True:
+            done = subprocess.run(
+                [sys.executable, "-m", "launcher.cli", *words[1:]], cwd=home, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=150,
+                env={**os.environ, "COLUMNS": "80", "PYTHONPATH": str(ROOT)})
+            assert done.returncode == 0, (command, done.stdout)
+            printed = [skeleton(line) for line in done.stdout.splitlines()]
+            missing = [line for line in wanted if line and not any(
+                each == line or (line.endswith("...") and each.startswith(line[:-3].strip()))
+                for each in printed)]
+            if not missing:
+                break
+            late = time.monotonic() > deadline or words[1] not in LOOKS
+            assert not late, (command, missing, done.stdout)
+            time.sleep(0.5)
+        if SUBMITS.search(command):  # what becomes of these, test_campaign_slurm.py follows
+            subprocess.run(["scancel", f"--name={NAMES.search(command)[1]}"], check=True)
+    assert not list((home / "runs").glob(".doctor*")), "the doctor leaves nothing behind"
