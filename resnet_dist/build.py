@@ -58,7 +58,8 @@ def train_loader(config: Config, world: World, first_step: int,
         batch_size=config.batch_size, rank=world.rank, world=world.size,
         threads=config.data.threads or cores_per_rank(config), prefetch=config.data.prefetch,
         verify=config.data.verify, first_step=first_step, stage_dir=config.data.stage_dir,
-        read_ahead=config.data.read_ahead, staged=lambda there, total: alive())
+        read_ahead=config.data.read_ahead, staged=lambda there, total: alive(),
+        repeats=config.data.repeats, groups=config.batch_size // (config.bn_batch or 1))
 
 
 def eval_loader(config: Config, world: World) -> Views:

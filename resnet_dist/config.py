@@ -46,6 +46,9 @@ class DataConfig(Section):
     # "page" checks every sample's recorded hash as it is read; "open" checks structure only.
     verify: Literal["open", "page"] = "page"
     stage_dir: str | None = None  # node-local scratch to copy the shards to first; $VARS expand
+    # Repeated augmentation: an epoch takes the first 1/N of its permutation, each image N times in
+    # one batch, every time augmented anew and in another bn_batch group. Hoffer et al. 2019.
+    repeats: Annotated[int, Field(ge=1, le=16)] = 1
     read_ahead: Natural = 8  # batches whose bytes are asked for ahead; 0: as they are decoded
 
 
@@ -70,6 +73,7 @@ class AugmentConfig(Section):
     rand_ops: Annotated[int, Field(ge=0, le=8)] = 0
     rand_magnitude: Annotated[float, Field(ge=0, le=10)] = 7.0
     rand_std: NonNegative = 0.5
+    trivial: bool = False  # TrivialAugment as torchvision's TrivialAugmentWide; Müller, Hutter 2021
     erase: Fraction = 0.0  # probability of random erasing; Zhong et al. 2017
     mixup: NonNegative = 0.0  # alpha of Beta(alpha, alpha); 0: off. Zhang et al. 2017
     cutmix: NonNegative = 0.0  # likewise; with both on, a coin decides. Yun et al. 2019

@@ -66,6 +66,13 @@ def broken_rules(config: Config) -> list[str]:
         if getattr(augment, key) and bn is None:
             refuse(f"augment.{key}", getattr(augment, key),
                    "images are mixed within their bn_batch group; set bn_batch, e.g. 32")
+    if config.data.repeats > 1 and (bn is None or batch // bn < config.data.repeats):
+        refuse("data.repeats", config.data.repeats,
+               "copies of an image go to different bn_batch groups; set bn_batch so that a batch "
+               f"has at least {config.data.repeats} of them")
+    if augment.trivial and augment.rand_ops:
+        refuse("augment.trivial", augment.trivial, "is another policy than augment.rand_ops; use "
+               "one of them")
     if augment.min_side > augment.max_side:
         refuse("augment.min_side", augment.min_side,
                f"must not exceed augment.max_side = {augment.max_side}")

@@ -33,6 +33,8 @@ def train_plans(augment: AugmentConfig, seed: int, epochs: np.ndarray, ids: np.n
         plans["flip"] = uniforms(seed, epochs, ids, Purpose.FLIP, 1)[:, 0] < 0.5
     if augment.rand_ops:
         policy.rand_augment(plans, augment, seed, epochs, ids)
+    if augment.trivial:
+        policy.trivial_augment(plans, seed, epochs, ids, size)
     if augment.brightness or augment.contrast or augment.saturation:
         policy.color_jitter(plans, augment, seed, epochs, ids)
     if augment.pca:

@@ -35,7 +35,7 @@ class Batch:
     images: torch.Tensor  # uint8 [n, S, S, 3], NHWC contiguous; pinned where CUDA is present
     labels: torch.Tensor  # int64 [n]
     sample_ids: np.ndarray  # int64 [n]
-    epochs: np.ndarray  # int64 [n]
+    epochs: np.ndarray  # int64 [n]; with repeated augmentation the views, see `order.batch_of`
 
 
 @dataclass

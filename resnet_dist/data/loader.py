@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import TracebackType
 
@@ -79,7 +79,8 @@ class TrainLoader(_Loader):
     with its recorded hash, "open" trusts the bytes; `prefetch` batches are prepared ahead;
     `stage_dir` is node-local scratch that the shards are copied to first, and `staged` is told of
     each (bytes there, bytes in all); the bytes of a batch are asked for `read_ahead` batches before
-    it is planned (0: when they are decoded).
+    it is planned (0: when they are decoded); `repeats` and `groups` are repeated augmentation, see
+    `order.batch_of`.
 
     Raises: DataError, when opening or from the iterator, naming shard and sample.
     """
@@ -88,7 +89,8 @@ class TrainLoader(_Loader):
                  batch_size: int, rank: int = 0, world: int = 1, threads: int | None = None,
                  prefetch: int = 3, verify: str = "page", first_step: int = 0,
                  stage_dir: Path | str | None = None, read_ahead: int = 8,
-                 staged: Callable[[int, int], None] | None = None):
+                 staged: Callable[[int, int], None] | None = None, repeats: int = 1,
+                 groups: int = 1):
         if batch_size % world:
             raise ValueError(f"batch_size = {batch_size}: must be a multiple of {world} ranks")
         self.reader = _open(Path(dataset), split, stage_dir, staged)
@@ -101,33 +103,36 @@ class TrainLoader(_Loader):
             paths = DatasetPaths(Path(dataset))
             self._engine = Engine(
                 self.reader,
-                self._plan(augment, seed, batch_size, rank, world, first_step, read_ahead),
+                self._plan(augment, seed, partial(
+                    order.batch_of, seed, self.num_samples, batch_size=batch_size, rank=rank,
+                    world=world, repeats=repeats, groups=groups),
+                    batch_size, first_step, read_ahead),
                 cache(lambda size: padding(self.reader.manifest, paths, augment.normalize, size)),
                 threads=threads, prefetch=prefetch, verify=verify)
         except BaseException:
             self.close()
             raise
 
-    def _plan(self, augment: AugmentConfig, seed: int, batch_size: int, rank: int, world: int,
+    def _plan(self, augment: AugmentConfig, seed: int,
+              batch_of: Callable[[int], tuple[np.ndarray, np.ndarray]], batch_size: int,
               step: int, read_ahead: int) -> Iterator[BatchPlan]:
         image, n = self.reader.metadata["f0"], self.num_samples
 
         def want(later: int) -> None:
             if self._ahead is not None:
-                positions = order.batch_slice(later, batch_size, rank, world)
-                self._ahead.want(order.stream(seed, n, *positions)[1])
+                self._ahead.want(batch_of(later)[1])
 
         for later in range(step, step + read_ahead):
             want(later)
         while True:
             want(step + read_ahead)
-            start, stop = order.batch_slice(step, batch_size, rank, world)
-            epochs, ids = order.stream(seed, n, start, stop)
+            views, ids = batch_of(step)
             size = augmentations.size_at(augment, step * batch_size // n)  # alike on every rank
-            plans = augmentations.train_plans(augment, seed, epochs, ids, image["height"][ids],
+            plans = augmentations.train_plans(augment, seed, views, ids, image["height"][ids],
                                               image["width"][ids], size)
-            yield BatchPlan(step, epochs, ids, plans, size)
-            order.permutation(seed, int(epochs[-1]) + 1, n)  # ready before the epoch changes
+            yield BatchPlan(step, views, ids, plans, size)
+            # Ready before the epoch changes.
+            order.permutation(seed, ((step + 1) * batch_size - 1) // n + 1, n)
             step += 1
 
 

@@ -3,6 +3,9 @@
 Training consumes an endless stream of positions p = 0, 1, 2, ...; position p holds sample
 `permutation(seed, p // n, n)[p % n]`. A batch takes the next positions, so the last batch that
 begins in an epoch may end in the next one: nothing is dropped, repeated or padded. Pure NumPy.
+
+With repeated augmentation (`repeats` N > 1) position p holds sample `permutation[p % n // N]`: an
+epoch has as many positions as before, but only the first 1/N of its permutation, N times each.
 """
 
 from __future__ import annotations
@@ -62,6 +65,32 @@ def stream(seed: int, n: int, start: int, stop: int) -> tuple[np.ndarray, np.nda
         here = epochs == epoch
         ids[here] = permutation(seed, epoch, n)[positions[here] % n]
     return epochs, ids
+
+
+def batch_of(seed: int, n: int, step: int, batch_size: int, rank: int, world: int,
+             repeats: int = 1, groups: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """What `rank` of `world` sees in global batch `step`: (views, sample ids), int64 [m] each.
+
+    A view is what draws are keyed by: the epoch; with `repeats`, epoch * repeats + copy, so that
+    every copy looks different. The batch has `groups` BatchNorm groups, one after another; copies
+    are dealt to them in turn, so none normalises over two copies of an image.
+
+    Source: Hoffer et al. 2019; which images, how often and on which devices as in torchvision's
+    references/classification/sampler.py (RASampler) and timm's RepeatAugSampler, with a BatchNorm
+    group for a device.
+    """
+    start, stop = batch_slice(step, batch_size, rank, world)
+    if repeats == 1:
+        return stream(seed, n, start, stop)
+    first = step * batch_size
+    group, place = np.divmod(np.arange(start - first, stop - first), batch_size // groups)
+    positions = first + place * groups + group
+    epochs, at = np.divmod(positions, n)
+    ids = np.empty(len(positions), np.int64)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        ids[here] = permutation(seed, int(epoch), n)[at[here] // repeats]
+    return epochs * repeats + at % repeats, ids
 
 
 def batch_slice(step: int, batch_size: int, rank: int, world: int) -> tuple[int, int]:

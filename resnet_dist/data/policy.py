@@ -1,5 +1,5 @@
-"""Colour jitter, RandAugment and random erasing: which operations follow the crop, drawn a batch at
-a time. Pure NumPy.
+"""Colour jitter, RandAugment, TrivialAugment and random erasing: which operations follow the crop,
+drawn a batch at a time. Pure NumPy.
 
 In: PLAN records, the configuration, (seed, epoch, sample id). Out: the same records with operations
 appended; the native decoder carries them out with Pillow's arithmetic.
@@ -17,6 +17,13 @@ from resnet_dist.data.random import Purpose, normals, uniforms
 RAND_OPS = (Op.AUTO_CONTRAST, Op.EQUALIZE, Op.INVERT, Op.ROTATE, Op.POSTERIZE, Op.SOLARIZE,
             Op.SOLARIZE_ADD, Op.COLOR, Op.CONTRAST, Op.BRIGHTNESS, Op.SHARPNESS, Op.SHEAR_X,
             Op.SHEAR_Y, Op.TRANSLATE_X, Op.TRANSLATE_Y)
+# TrivialAugment's operations after the first, which changes nothing: torchvision's set and order.
+TRIVIAL_OPS = (Op.SHEAR_X, Op.SHEAR_Y, Op.TRANSLATE_X, Op.TRANSLATE_Y, Op.ROTATE, Op.BRIGHTNESS,
+               Op.COLOR, Op.CONTRAST, Op.SHARPNESS, Op.POSTERIZE, Op.SOLARIZE, Op.AUTO_CONTRAST,
+               Op.EQUALIZE)
+TRIVIAL_LEVELS = 31
+BILINEAR, BICUBIC = 0, 1  # second argument of a geometric operation
+PADDING, BLACK = 0, 1  # third: what comes in from outside
 RAND_PROBABILITY = 0.5  # of each operation, once it is chosen
 ERASE_AREA = (0.02, 1 / 3)  # share of the image
 ERASE_RATIO = (0.3, 1 / 0.3)  # height / width
@@ -56,18 +63,20 @@ def rand_augment(plans: np.ndarray, augment: AugmentConfig, seed: int, epochs: n
     """`rand_ops` operations an image, each with odds 1/2, magnitude Normal(M, S) cut to [0, 10].
 
     Source: Cubuk et al. 2019; choices, odds and strengths as in timm's auto_augment.py for
-    "rand-m{M}-mstd{S}-inc1" (Wightman et al. 2021, section 2.2). Interpolation is bilinear, where
-    timm draws bilinear or bicubic.
+    "rand-m{M}-mstd{S}-inc1" (Wightman et al. 2021, section 2.2): geometric operations interpolate
+    bilinearly or bicubically with equal odds, and the mean comes in from outside.
     """
     layers = augment.rand_ops
     u = uniforms(seed, epochs, ids, Purpose.RANDAUGMENT, 3 * layers)
     z = normals(seed, epochs, ids, Purpose.RANDAUGMENT_STRENGTH, layers)
+    bicubic = uniforms(seed, epochs, ids, Purpose.RANDAUGMENT_FILTER, layers) < 0.5
     codes = np.array(RAND_OPS)
     for layer in range(layers):
         choice, odds, sign = (u[:, 3 * layer + i] for i in range(3))
         level = np.clip(augment.rand_magnitude + augment.rand_std * z[:, layer], 0.0, 10.0) / 10.0
         code = codes[np.floor(choice * len(codes)).astype(np.int64)]
-        append(plans, odds < RAND_PROBABILITY, code, strength(code, level, sign < 0.5))
+        append(plans, odds < RAND_PROBABILITY, code, strength(code, level, sign < 0.5),
+               np.where(bicubic[:, layer], BICUBIC, BILINEAR), PADDING)
 
 
 def strength(code: np.ndarray, level: np.ndarray, negative: np.ndarray) -> np.ndarray:
@@ -81,6 +90,43 @@ def strength(code: np.ndarray, level: np.ndarray, negative: np.ndarray) -> np.nd
         Op.SHEAR_X: sign * 0.3 * level, Op.SHEAR_Y: sign * 0.3 * level,
         Op.TRANSLATE_X: sign * 0.45 * level, Op.TRANSLATE_Y: sign * 0.45 * level,
     }
+    return _of_code(code, values)
+
+
+def trivial_augment(plans: np.ndarray, seed: int, epochs: np.ndarray, ids: np.ndarray,
+                    size: int) -> None:
+    """One operation an image, with one of 31 strengths, all equally likely.
+
+    Source: Müller and Hutter 2021, section 3 (the wide space of table 2); strengths, rounding,
+    bilinear interpolation and black from outside as in torchvision's TrivialAugmentWide, which its
+    second recipe uses.
+    """
+    u = uniforms(seed, epochs, ids, Purpose.TRIVIAL, 3)
+    chosen = np.floor(u[:, 0] * (len(TRIVIAL_OPS) + 1)).astype(np.int64) - 1  # -1: as it is
+    code = np.array(TRIVIAL_OPS)[chosen]
+    level = np.floor(u[:, 1] * TRIVIAL_LEVELS) / (TRIVIAL_LEVELS - 1)
+    append(plans, chosen >= 0, code, trivial_strength(code, level, u[:, 2] < 0.5, size), BILINEAR,
+           BLACK)
+
+
+def trivial_strength(code: np.ndarray, level: np.ndarray, negative: np.ndarray,
+                     size: int) -> np.ndarray:
+    """torchvision's argument of operation `code` at `level` in [0, 1], for a `size` square image:
+    float64 [m]."""
+    sign = np.where(negative, -1.0, 1.0)
+    factor, shear = 1.0 + sign * 0.99 * level, sign * 0.99 * level
+    shift = sign * np.floor(32.0 * level + 1e-9) / size  # whole pixels
+    values = {
+        Op.SHEAR_X: shear, Op.SHEAR_Y: shear, Op.TRANSLATE_X: shift, Op.TRANSLATE_Y: shift,
+        Op.ROTATE: sign * 135.0 * level, Op.BRIGHTNESS: factor, Op.COLOR: factor,
+        Op.CONTRAST: factor, Op.SHARPNESS: factor, Op.POSTERIZE: 8 - np.rint(level * 6),
+        Op.SOLARIZE: 255.0 * (1.0 - level),
+    }
+    return _of_code(code, values)
+
+
+def _of_code(code: np.ndarray, values: dict[Op, np.ndarray]) -> np.ndarray:
+    """Of each row the value of its operation; 0 where it has none."""
     result = np.zeros(len(code))
     for one, value in values.items():
         result = np.where(code == one, value, result)

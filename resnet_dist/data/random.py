@@ -27,6 +27,8 @@ class Purpose(IntEnum):
     MIX = 7
     RANDAUGMENT_STRENGTH = 8
     MODEL = 9  # the network's own draws: dropout, stochastic depth
+    RANDAUGMENT_FILTER = 10
+    TRIVIAL = 11
 
 
 def philox4x32(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:

@@ -16,7 +16,7 @@ from resnet_dist.data import native
 from resnet_dist.data.augment import center_crop, size_at, train_plans
 from resnet_dist.data.mix import draw, mixer
 from resnet_dist.data.native import Op
-from resnet_dist.data.policy import RAND_OPS
+from resnet_dist.data.policy import RAND_OPS, TRIVIAL_OPS
 from tests.unit.data_samples import picture
 from tests.unit.test_order import slow_philox
 
@@ -96,6 +96,7 @@ def test_plans_equal_the_slow_ones(name, seed, epoch, sample, height, width):
 @pytest.mark.parametrize("options", [
     {"name": "scale_crop"}, {"name": "random_resized_crop"}, {"pca": 0.1},
     {"rand_ops": 2}, {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4}, {"erase": 0.5},
+    {"trivial": True},
 ])
 def test_a_plan_does_not_depend_on_its_batch(options):
     augment = AugmentConfig(**options)
@@ -194,14 +195,50 @@ def test_erased_boxes_have_zhongs_areas():
     assert ((top >= 0) & (left >= 0) & (top + tall <= 224) & (left + wide <= 224)).all()
 
 
-def pillow(op: Op, a: float, image: Image.Image) -> Image.Image:
+def test_trivialaugment_chooses_as_torchvision_does():
+    plans = plans_for(AugmentConfig(trivial=True), 60_000)
+    codes, args = plans["ops"]["code"][:, 0], plans["ops"]["args"][:, 0]
+    assert (plans["num_ops"] <= 1).all()
+    counts = np.array([(plans["num_ops"] == 0).sum(), *((codes == op).sum() for op in TRIVIAL_OPS)])
+    assert counts.sum() == 60_000
+    assert ((counts - 60_000 / 14) ** 2 / (60_000 / 14)).sum() < 14 + 6 * math.sqrt(28)
+    # TrivialAugmentWide._augmentation_space(31), and what _apply_op makes of its values.
+    shears, turns = np.linspace(0, 0.99, 31), np.linspace(0, 135, 31)
+    space = {
+        Op.SHEAR_X: (shears, True), Op.SHEAR_Y: (shears, True), Op.ROTATE: (turns, True),
+        Op.TRANSLATE_X: ([int(v) / 224 for v in np.linspace(0, 32, 31)], True),
+        Op.TRANSLATE_Y: ([int(v) / 224 for v in np.linspace(0, 32, 31)], True),
+        Op.POSTERIZE: (8 - np.round(np.arange(31) / (30 / 6)), False),
+        Op.SOLARIZE: (np.linspace(255, 0, 31), False),
+        Op.AUTO_CONTRAST: ([0], False), Op.EQUALIZE: ([0], False)}
+    for op in (Op.BRIGHTNESS, Op.COLOR, Op.CONTRAST, Op.SHARPNESS):
+        space[op] = ([*(1 + shears), *(1 - shears)], False)
+    for op, (values, signed) in space.items():
+        allowed = {round(s * v, 4) + 0.0 for v in values for s in ((1, -1) if signed else (1,))}
+        found = {round(float(v), 4) + 0.0 for v in args[codes == op, 0]}
+        assert found == allowed, op
+    assert (args[:, 1] == 0).all()  # bilinear
+    assert (args[codes == Op.ROTATE, 2] == 1).all()  # black
+
+
+def test_randaugment_interpolates_either_way_and_shows_the_mean_outside():
+    plans = plans_for(AugmentConfig(rand_ops=2), 20_000)
+    used = np.arange(2) < plans["num_ops"][:, None]
+    args = plans["ops"]["args"][:, :2][used]
+    assert set(np.unique(args[:, 1])) == {0, 1}
+    assert args[:, 1].mean() == pytest.approx(0.5, abs=0.02)
+    assert (args[:, 2] == 0).all()
+
+
+def pillow(op: Op, a: float, image: Image.Image, resample: Image.Resampling,
+           fill: tuple[int, int, int]) -> Image.Image:
     """What timm and torchvision call for the same operation."""
     affine = {Op.SHEAR_X: (1, a, 0, 0, 1, 0), Op.SHEAR_Y: (1, 0, 0, a, 1, 0),
               Op.TRANSLATE_X: (1, 0, a * image.width, 0, 1, 0),
               Op.TRANSLATE_Y: (1, 0, 0, 0, 1, a * image.height)}
     if op in affine:
         return image.transform(image.size, Image.Transform.AFFINE, affine[op],
-                               resample=Image.Resampling.BILINEAR, fillcolor=(9, 8, 7))
+                               resample=resample, fillcolor=fill)
     return {
         Op.BRIGHTNESS: lambda: ImageEnhance.Brightness(image).enhance(a),
         Op.CONTRAST: lambda: ImageEnhance.Contrast(image).enhance(a),
@@ -211,11 +248,10 @@ def pillow(op: Op, a: float, image: Image.Image) -> Image.Image:
         Op.EQUALIZE: lambda: ImageOps.equalize(image),
         Op.INVERT: lambda: ImageOps.invert(image),
         Op.POSTERIZE: lambda: ImageOps.posterize(image, int(a)),
-        Op.SOLARIZE: lambda: ImageOps.solarize(image, int(a)),
+        Op.SOLARIZE: lambda: ImageOps.solarize(image, a),
         Op.SOLARIZE_ADD: lambda: image.point([min(255, v + int(a)) if v < 128 else v
                                               for v in range(256)] * 3),
-        Op.ROTATE: lambda: image.rotate(a, resample=Image.Resampling.BILINEAR,
-                                        fillcolor=(9, 8, 7)),
+        Op.ROTATE: lambda: image.rotate(a, resample=resample, fillcolor=fill),
     }[op]()
 
 
@@ -224,17 +260,21 @@ def pillow(op: Op, a: float, image: Image.Image) -> Image.Image:
     (Op.COLOR, 0.2), (Op.COLOR, 1.9), (Op.SHARPNESS, 0.1), (Op.SHARPNESS, 1.9),
     (Op.AUTO_CONTRAST, 0), (Op.EQUALIZE, 0), (Op.INVERT, 0), (Op.POSTERIZE, 2), (Op.SOLARIZE, 77),
     (Op.SOLARIZE_ADD, 90), (Op.SHEAR_X, 0.25), (Op.SHEAR_Y, -0.2), (Op.TRANSLATE_X, 0.3),
-    (Op.TRANSLATE_Y, -0.31), (Op.ROTATE, 21.0), (Op.ROTATE, -13.5),
+    (Op.TRANSLATE_Y, -0.31), (Op.ROTATE, 21.0), (Op.ROTATE, -13.5), (Op.ROTATE, 135.0),
+    (Op.SHEAR_X, -0.99), (Op.TRANSLATE_X, 7 / 48), (Op.SOLARIZE, 76.5),
 ])
+@pytest.mark.parametrize(("filtering", "outside"), [(0, 0), (1, 0), (0, 1)])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_operations_equal_pillow(op, a, seed):
+def test_operations_equal_pillow(op, a, filtering, outside, seed):
     pixels = np.clip(picture(seed, 60, 48).astype(int) // 2 + 40, 0, 255).astype(np.uint8)
     plan = np.zeros(1, native.PLAN)
     plan["height"], plan["width"], plan["copy"], plan["num_ops"] = 48, 48, 1, 1
-    plan["ops"]["code"][0, 0], plan["ops"]["args"][0, 0, 0] = op, a
+    plan["ops"]["code"][0, 0], plan["ops"]["args"][0, 0, :3] = op, (a, filtering, outside)
     pad = np.broadcast_to(np.array([9, 8, 7], np.uint8), (48, 48, 3))
     ours = native.decode_one(pixels.tobytes(), native.RAW, 60, 48, plan, (48, 48), pad)
-    theirs = np.asarray(pillow(op, a, Image.fromarray(pixels[:48])))
+    resample = Image.Resampling.BICUBIC if filtering else Image.Resampling.BILINEAR
+    theirs = np.asarray(pillow(op, a, Image.fromarray(pixels[:48]), resample,
+                               (0, 0, 0) if outside else (9, 8, 7)))
     difference = np.abs(ours.astype(int) - theirs)
     geometric = op in (Op.ROTATE, Op.SHEAR_X, Op.SHEAR_Y, Op.TRANSLATE_X, Op.TRANSLATE_Y)
     # Pillow truncates what it interpolates; pixels on the border may fall on either side of it.

@@ -64,6 +64,7 @@ def test_overrides_win_and_a_section_may_be_named_by_its_leading_field(tmp_path:
     ("micro_batch=48", "micro_batch", "48", "multiple of bn_batch"),
     ("schedule.milestones=[2,1]", "schedule.milestones", "[2, 1]", "increase"),
     ("name=../x", "name", "../x", "use letters"),
+    ("data.repeats=9", "data.repeats", "9", "set bn_batch so that a batch has at least 9"),
 ])
 def test_a_mistake_names_key_value_and_remedy(
         tmp_path: Path, override: str, key: str, value: str, remedy: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resnet_dist.data.order import _permutation, batch_slice, permutation, stream
+from resnet_dist.data.order import _permutation, batch_of, batch_slice, permutation, stream
 from resnet_dist.data.random import normals, philox4x32, uniforms
 
 seeds = st.integers(0, 2**64 - 1)
@@ -134,3 +134,48 @@ def test_imagenet_permutation_takes_under_fifty_milliseconds():
         _permutation(0, epoch, 1_281_167)
         took.append(time.thread_time() - start)
     assert min(took) < 0.05
+
+
+def ra_sampler(order: list[int], repeats: int, world: int) -> list[list[int]]:
+    """torchvision's RASampler, a list a device: every index `repeats` times, dealt out in turn,
+    and as many in all as there are samples."""
+    repeated = [index for index in order for _ in range(repeats)]
+    return [repeated[rank::world][:len(order) // world] for rank in range(world)]
+
+
+@given(seed=st.integers(0, 2**40), groups=st.sampled_from([2, 4, 8]), group=st.integers(1, 6),
+       batches=st.integers(1, 5), repeats=st.integers(2, 4), world=st.sampled_from([1, 2]))
+def test_repeated_augmentation_shows_what_torchvisions_sampler_does(seed, groups, group, batches,
+                                                                    repeats, world):
+    batch, n = groups * group, groups * group * batches
+    epoch = 3
+    expected = ra_sampler(permutation(seed, epoch, n).tolist(), repeats, groups)
+    seen: list[list[int]] = [[] for _ in range(groups)]
+    views = set()
+    for step in range(epoch * batches, (epoch + 1) * batches):
+        parts = [batch_of(seed, n, step, batch, rank, world, repeats, groups)
+                 for rank in range(world)]
+        views_here, ids = (np.concatenate(column) for column in zip(*parts, strict=True))
+        assert set(views_here // repeats) == {epoch}
+        views |= set(zip(views_here.tolist(), ids.tolist(), strict=True))
+        for index in range(groups):
+            seen[index] += ids[index * group:(index + 1) * group].tolist()
+    assert seen == expected
+    assert len(views) == n  # no two copies are augmented alike
+    assert len({sample for device in seen for sample in device}) == -(-n // repeats)
+
+
+@given(seed=st.integers(0, 2**40), repeats=st.integers(2, 4), step=st.integers(0, 40))
+def test_no_group_holds_two_copies_of_an_image(seed, repeats, step):
+    _, ids = batch_of(seed, 61, step, 32, 0, 1, repeats, 4)  # epochs end inside of batches
+    for group in ids.reshape(4, 8):
+        counts = np.unique(group, return_counts=True)[1]
+        assert (counts == 1).all() or step * 32 // 61 != ((step + 1) * 32 - 1) // 61
+
+
+def test_without_repeats_a_batch_is_the_stream():
+    for rank in range(2):
+        views, ids = batch_of(7, 61, 5, 32, rank, 2, 1, 4)
+        epochs, expected = stream(7, 61, *batch_slice(5, 32, rank, 2))
+        assert np.array_equal(views, epochs)
+        assert np.array_equal(ids, expected)

@@ -49,7 +49,8 @@ def icons(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small(config: Config, data: Path) -> Config:
     """The same recipe for a tiny data set: fewer and smaller images, everything else kept."""
     tree = config_to_dict(config)
-    tree |= {"data": {"path": str(data)}, "steps": 4, "batch_size": BATCH, "device": "cpu",
+    tree |= {"data": {"path": str(data), "repeats": min(config.data.repeats, BATCH // GROUP)},
+             "steps": 4, "batch_size": BATCH, "device": "cpu",
              "micro_batch": None, "launch": {}, "threads": 1,
              "bn_batch": GROUP if config.bn_batch else None}
     tree["schedule"]["warmup_steps"] = min(config.schedule.warmup_steps, 1)

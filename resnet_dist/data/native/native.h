@@ -13,6 +13,7 @@ enum OpCode : int32_t {
   kPosterize,    // a: bits that stay
   kSolarize,     // a: threshold
   kSolarizeAdd,  // a: what is added below 128
+  // b: 1 interpolates bicubically, 0 bilinearly; c: outside is black for 1, padding for 0
   kShearX, kShearY,          // a: pixels a pixel
   kTranslateX, kTranslateY,  // a: share of the side
   kRotate,       // a: degrees, counter-clockwise

@@ -104,22 +104,47 @@ void map_values(uint8_t* image, size_t count, F f) {
   for (size_t i = 0; i < count; ++i) image[i] = table[image[i]];
 }
 
+double cubic(double a, double b, double c, double d, double t) {  // Keys' with a = -1, as Pillow
+  return b + t * (c - a + t * (2 * (a - b) + c - d + t * (b - a - c + d)));
+}
+
 // Output (x, y) shows the source at (m0 x + m1 y + m2, m3 x + m4 y + m5), pixel centres at 0.5,
-// interpolated bilinearly; outside lies `pad`.
-void affine(uint8_t* image, int height, int width, const double m[6], const uint8_t* pad,
-            std::vector<uint8_t>& copy) {
+// interpolated as `op.b` says; outside lies `pad`, or black.
+void affine(uint8_t* image, int height, int width, const double m[6], const Op& op,
+            const uint8_t* pad, std::vector<uint8_t>& copy) {
   copy.assign(image, image + size_t(height) * width * 3);
+  const bool bicubic = op.b == 1, black = op.c == 1;
   for (int y = 0; y < height; ++y)
     for (int x = 0; x < width; ++x) {
       const double sx = m[0] * (x + 0.5) + m[1] * (y + 0.5) + m[2];
       const double sy = m[3] * (x + 0.5) + m[4] * (y + 0.5) + m[5];
       const size_t at = (size_t(y) * width + x) * 3;
       if (!(sx >= 0 && sx < width && sy >= 0 && sy < height)) {
-        std::memcpy(image + at, pad + at, 3);
+        if (black)
+          std::memset(image + at, 0, 3);
+        else
+          std::memcpy(image + at, pad + at, 3);
         continue;
       }
       const double fx = std::floor(sx - 0.5), fy = std::floor(sy - 0.5);
       const double dx = sx - 0.5 - fx, dy = sy - 0.5 - fy;
+      if (bicubic) {
+        size_t xs[4], ys[4];
+        for (int i = 0; i < 4; ++i) {
+          xs[i] = 3 * size_t(std::clamp(int(fx) - 1 + i, 0, width - 1));
+          ys[i] = 3 * size_t(width) * std::clamp(int(fy) - 1 + i, 0, height - 1);
+        }
+        for (int c = 0; c < 3; ++c) {
+          double rows[4];
+          for (int i = 0; i < 4; ++i) {
+            const uint8_t* row = copy.data() + ys[i] + c;
+            rows[i] = cubic(row[xs[0]], row[xs[1]], row[xs[2]], row[xs[3]], dx);
+          }
+          const double value = cubic(rows[0], rows[1], rows[2], rows[3], dy);
+          image[at + c] = static_cast<uint8_t>(std::clamp(value + 0.5, 0.0, 255.0));
+        }
+        continue;
+      }
       const int x0 = std::max(int(fx), 0), x1 = std::min(int(fx) + 1, width - 1);
       const int y0 = std::max(int(fy), 0), y1 = std::min(int(fy) + 1, height - 1);
       for (int c = 0; c < 3; ++c) {
@@ -133,12 +158,12 @@ void affine(uint8_t* image, int height, int width, const double m[6], const uint
     }
 }
 
-void rotate(uint8_t* image, int height, int width, float degrees, const uint8_t* pad,
+void rotate(uint8_t* image, int height, int width, const Op& op, const uint8_t* pad,
             std::vector<uint8_t>& copy) {
-  const double angle = -degrees * 3.14159265358979323846 / 180.0;
+  const double angle = -op.a * 3.14159265358979323846 / 180.0;
   const double c = std::cos(angle), s = std::sin(angle), cx = width / 2.0, cy = height / 2.0;
   const double m[6] = {c, s, cx - c * cx - s * cy, -s, c, cy + s * cx - c * cy};
-  affine(image, height, width, m, pad, copy);
+  affine(image, height, width, m, op, pad, copy);
 }
 
 void erase(uint8_t* image, int height, int width, const Op& op, const uint8_t* pad) {
@@ -178,25 +203,25 @@ void apply_ops(const Plan& plan, uint8_t* image, int height, int width, const ui
         break;
       case kShearX: {
         const double m[6] = {1, a, 0, 0, 1, 0};
-        affine(image, height, width, m, pad, copy);
+        affine(image, height, width, m, op, pad, copy);
         break;
       }
       case kShearY: {
         const double m[6] = {1, 0, 0, a, 1, 0};
-        affine(image, height, width, m, pad, copy);
+        affine(image, height, width, m, op, pad, copy);
         break;
       }
       case kTranslateX: {
         const double m[6] = {1, 0, double(a) * width, 0, 1, 0};
-        affine(image, height, width, m, pad, copy);
+        affine(image, height, width, m, op, pad, copy);
         break;
       }
       case kTranslateY: {
         const double m[6] = {1, 0, 0, 0, 1, double(a) * height};
-        affine(image, height, width, m, pad, copy);
+        affine(image, height, width, m, op, pad, copy);
         break;
       }
-      case kRotate: rotate(image, height, width, a, pad, copy); break;
+      case kRotate: rotate(image, height, width, op, pad, copy); break;
       case kShift: {
         const float by[3] = {op.a, op.b, op.c};
         for (size_t p = 0; p < count; ++p)
