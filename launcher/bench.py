@@ -67,5 +67,104 @@ def loaders_side_by_side(console: Console, dataset: Path, *, size: int, threads:
                   f"FFCV {error['ffcv']:.3f}")
 
 
+def step_beside_torch(console: Console, arguments: list[str], *, as_json: bool) -> None:
+    """The training step against the same network in torch's own modules."""
+    result = _measured("step", arguments, as_json)
+    if result is None:
+        return
+    table = Table("step", "images/s", "slowest to fastest", "ours is", "CPU ms/image", "peak MB",
+                  title=f"{result['model']}, batch {result['batch']}, {result['size']} px, "
+                        f"{result['precision']}, {result['device']}, {result['rounds']} rounds")
+    for name, numbers in result["competitors"].items():
+        rate, ratio = numbers["images_per_s"], result["ours_is"].get(name)
+        table.add_row(name, f"{rate['median']:,.1f}", f"{rate['low']:,.1f} to {rate['high']:,.1f}",
+                      "" if ratio is None else f"{ratio:.2f}x",
+                      f"{numbers['cpu_ms_an_image']['median']:.2f}",
+                      f"{numbers['peak_mb']['median']:,.0f}")
+    console.print(table)
+    for level, floor in result["levels"].items():
+        console.print(f"{level} kernels move {floor['bytes'] / 1e9:.2f} GB and compute "
+                      f"{floor['flops'] / 1e12:.3f} TFLOP a step: at most "
+                      f"{floor['images_per_s']:,.1f} images/s here; ours reaches "
+                      f"{100 * floor['ours']:.0f}%", highlight=False)
+    console.print(f"measured here: copies {result['bytes_per_s'] / 1e9:,.1f} GB/s, products "
+                  f"{result['flops_per_s'] / 1e12:,.2f} TFLOP/s", highlight=False)
+
+
+def kernels_beside_torch(console: Console, arguments: list[str], *, as_json: bool) -> None:
+    """Each kernel against its plain formulation."""
+    result = _measured("kernels", arguments, as_json)
+    if result is None:
+        return
+    others = list(result["rows"][0]["ours_is"])
+    table = Table("kernel", "shape", "ours, ms", *(f"{name}, ms" for name in others),
+                  *(f"times {name}" for name in others), "GB/s", "of a copy",
+                  title=f"forward and backward, batch {result['batch']} in groups of "
+                        f"{result['bn_batch']}, {result['precision']}, {result['device']}")
+    for row in result["rows"]:
+        table.add_row(row["kernel"], row["shape"], f"{row['ms']['ours']:.2f}",
+                      *(f"{row['ms'][name]:.2f}" for name in others),
+                      *(f"{row['ours_is'][name]:.2f}" for name in others),
+                      f"{row['bytes_per_s'] / 1e9:,.1f}", f"{100 * row['of_copy']:.0f}%")
+    console.print(table)
+
+
+def scaling_here(console: Console, arguments: list[str], *, planned: bool,
+                 as_json: bool) -> None:
+    """Measured scaling on this machine's ranks; `planned`: ResNet-50 on many GPUs instead."""
+    result = _measured("scaling", [*arguments, *(["--plan"] if planned else [])], as_json)
+    if result is None:
+        return
+    if planned:
+        return _show_plan(console, result)
+    table = Table("scaling", "ranks", "images a rank", "step, ms", "slowest to fastest", "images/s",
+                  "model, ms", "error", "fitted",
+                  title=f"{result['model']}, {result['size']} px, ranks of one thread on "
+                        f"{result['cores']} cores")
+    for row in sorted(result["points"], key=lambda row: (row["scaling"], row["ranks"])):
+        low, high = row["spread"]
+        table.add_row(row["scaling"], str(row["ranks"]), str(row["images"]),
+                      f"{1e3 * row['step_s']:,.0f}", f"{1e3 * high:,.0f} to {1e3 * low:,.0f}",
+                      f"{row['images_per_s']:,.0f}", f"{1e3 * row['model_s']:,.0f}",
+                      f"{100 * row['error']:+.0f}%", "yes" if row["seen"] else "no")
+    console.print(table)
+
+
+def _show_plan(console: Console, result: dict[str, Any]) -> None:
+    names = {"strong": "batch 256 on all GPUs together", "weak": "32 images a GPU",
+             "weak_256": "256 images a GPU"}
+    for key, name in names.items():
+        table = Table("GPUs", "batch", "bn_batch", "step, ms", "images/s", "efficiency", "hours",
+                      "cores a GPU", "data, GB/s", "checkpoint, s", "failures", "minutes each",
+                      title=f"ResNet-50, 153.6 million images, {name}: planned, not measured")
+        for row in result[key]:
+            table.add_row(f"{row['gpus']:,}", f"{row['batch_size']:,}", str(row["bn_batch"]),
+                          f"{row['step_ms']:.2f}", f"{row['images_per_s']:,.0f}",
+                          f"{100 * row['efficiency']:.0f}%", f"{row['hours']:.3f}",
+                          f"{row['loader_cores_a_gpu']:.2f}",
+                          f"{row['data_bytes_per_s'] / 1e9:,.1f}",
+                          f"{row['checkpoint_every_s']:.0f}", f"{row['failures']:.4f}",
+                          f"{row['lost_minutes_a_failure']:.1f}")
+        console.print(table)
+    console.print(f"a batch of 256 stops scaling at {result['batch_stops_scaling_at']} GPUs: twice "
+                  "as many are less than 1.5 times as fast")
+
+
+def _measured(what: str, arguments: list[str], as_json: bool) -> dict[str, Any] | None:
+    """What `resnet_dist.bench.WHAT` found, in a process that may use torch; None: printed as it is.
+
+    Exits with that process's code where it fails.
+    """
+    done = subprocess.run([sys.executable, "-m", f"resnet_dist.bench.{what}", *arguments],
+                          stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(done.returncode)
+    if as_json:
+        sys.stdout.write(done.stdout)
+        return None
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
 def _tell(line: str) -> None:
     sys.stderr.write(line + "\n")

@@ -407,6 +407,62 @@ def bench_loader(
                          images=images, sheet=sheet, as_json=as_json)
 
 
+@bench.command("step")
+def bench_step(
+    model: Annotated[str, typer.Option("--model")] = "resnet50",
+    batch: Annotated[int, typer.Option("--batch", help="images of one step")] = 32,
+    bn_batch: Annotated[int, typer.Option("--bn-batch", help="ours: images a BatchNorm")] = 32,
+    size: Annotated[int, typer.Option("--size", help="pixels")] = 224,
+    precision: Annotated[str, typer.Option("--precision", help="bf16, fp16 or fp32")] = "bf16",
+    rounds: Annotated[int, typer.Option("--rounds")] = 5,
+    steps: Annotated[int, typer.Option("--steps", help="of one competitor in one round")] = 3,
+    as_json: Json = False,
+) -> None:
+    """The training step beside torch's own: eager, channels_last, compiled; and the floor.
+
+    Example, on an H200: `resnet-dist bench step --batch 256 --steps 20`
+    """
+    from launcher.bench import step_beside_torch
+
+    step_beside_torch(console, ["--model", model, "--batch", str(batch), "--bn-batch",
+                                str(bn_batch), "--size", str(size), "--precision", precision,
+                                "--rounds", str(rounds), "--steps", str(steps)], as_json=as_json)
+
+
+@bench.command("kernels")
+def bench_kernels(
+    batch: Annotated[int, typer.Option("--batch")] = 32,
+    bn_batch: Annotated[int, typer.Option("--bn-batch")] = 32,
+    precision: Annotated[str, typer.Option("--precision", help="bf16, fp16 or fp32")] = "bf16",
+    rounds: Annotated[int, typer.Option("--rounds")] = 5,
+    compiled: Annotated[bool, typer.Option("--compiled", help="torch.compile, too")] = False,
+    as_json: Json = False,
+) -> None:
+    """Each kernel beside its plain formulation, with the share of a copy's speed."""
+    from launcher.bench import kernels_beside_torch
+
+    kernels_beside_torch(console, ["--batch", str(batch), "--bn-batch", str(bn_batch),
+                                   "--precision", precision, "--rounds", str(rounds),
+                                   *(["--compiled"] if compiled else [])], as_json=as_json)
+
+
+@bench.command("scaling")
+def bench_scaling(
+    plan: Annotated[bool, typer.Option("--plan", help="8 to 4,096 GPUs; measures nothing")] = False,
+    worlds: Annotated[str, typer.Option("--worlds", help="ranks to fit the model to")] = "1,2,4",
+    unseen: Annotated[str, typer.Option("--unseen", help="ranks to judge it on")] = "8",
+    rounds: Annotated[int, typer.Option("--rounds")] = 2,
+    figure: Annotated[Path | None, typer.Option("--figure", help="also draw a PNG")] = None,
+    as_json: Json = False,
+) -> None:
+    """Weak and strong scaling on this machine's ranks, or a plan for many GPUs."""
+    from launcher.bench import scaling_here
+
+    scaling_here(console, ["--worlds", worlds, "--unseen", unseen, "--rounds", str(rounds),
+                           *([] if figure is None else ["--figure", str(figure)])],
+                 planned=plan, as_json=as_json)
+
+
 def main() -> None:
     """Entry point: a user's mistake is one clear message and exit code 2, never a traceback."""
     try:

@@ -1,0 +1,139 @@
+"""Each kernel beside its plain meaning, eager and compiled, at the shapes of ResNet-50.
+
+    python -m resnet_dist.bench.kernels [--batch 256] [--rounds 5] [--compiled]
+
+What dispatch chooses on this device is measured: Triton on GPUs, our loops or the library on CPUs.
+Bytes are what the kernel must read and write (each operand once a pass); their rate is given as a
+share of a large copy's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_dist import kernels
+from resnet_dist.bench.step import ceilings, device_name, wait_for
+from resnet_dist.kernels import reference
+
+# Channels and side of ResNet-50's activations by stage, as its BatchNorms see them.
+SHAPES = ((64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7),
+          (2048, 7))
+NHWC = torch.channels_last
+
+
+def cases(batch: int, bn_batch: int, dtype: torch.dtype,
+          device: torch.device) -> list[tuple[str, str, float, Callable[[Any], object]]]:
+    """(kernel, shape, bytes, run): `run(room)` does it by `room`, `kernels` or `reference`."""
+    made: list[tuple[str, str, float, Callable[[Any], object]]] = []
+    element = dtype.itemsize
+
+    def draw(channels: int, side: int) -> Tensor:
+        x = torch.randn(batch, channels, side, side, device=device, dtype=dtype)
+        return x.contiguous(memory_format=NHWC).requires_grad_()
+
+    def norm(channels: int, side: int, with_residual: bool) -> None:
+        x, residual = draw(channels, side), draw(channels, side) if with_residual else None
+        weight, bias = (torch.ones(channels, device=device, requires_grad=True) for _ in range(2))
+        wanted = [x, weight, bias] + ([residual] if residual is not None else [])
+        grad = torch.randn_like(x)
+
+        def run(room: Any) -> object:
+            y = room.ghost_batch_norm(x, weight, bias, bn_batch, 1e-5, residual, True)[0]
+            return torch.autograd.grad(y, wanted, grad)
+
+        # Forward reads x twice, writes y; backward reads g and x, and both again, writes dx. With a
+        # residual: read and its mask written; mask read, its gradient written.
+        passes = 8 + (with_residual * 2)
+        made.append(("batch_norm+add+relu" if with_residual else "batch_norm+relu",
+                     f"{channels} x {side}^2", x.numel() * passes * element, run))
+
+    for channels, side in SHAPES:
+        norm(channels, side, False)
+    for channels, side in SHAPES[2::2]:
+        norm(channels, side, True)
+
+    pooled, last = draw(64, 112), draw(2048, 7)
+
+    def max_pool(room: Any) -> object:
+        return torch.autograd.grad(room.max_pool(pooled, 3, 2, 1).sum(), pooled)
+
+    def average_pool(room: Any) -> object:
+        return torch.autograd.grad(room.average_pool(last).sum(), last)
+
+    images = torch.randint(256, (batch, 224, 224, 3), device=device).to(torch.uint8)
+    scale, shift = (torch.full((1, 3, 1, 1), value, device=device) for value in (1 / 58, -2.0))
+
+    def normalize(room: Any) -> object:
+        return room.normalize(images, scale, shift, dtype)
+
+    quarter = pooled.numel() / 4
+    made += [("max_pool", "64 x 112^2", 2 * (pooled.numel() + quarter) * element + 2 * quarter,
+              max_pool),
+             ("average_pool", "2048 x 7^2", 2 * last.numel() * element, average_pool),
+             ("normalize", "3 x 224^2", images.numel() * (1 + element * 4 / 3), normalize)]
+    return made
+
+
+def bench_kernels(args: argparse.Namespace, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Milliseconds of forward and backward, medians of alternating rounds, and bytes/s."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.precision]
+    torch.manual_seed(0)
+    copy, _ = ceilings(args.precision, torch.get_num_threads())
+    rows = []
+    for kernel, shape, size, run in cases(args.batch, args.bn_batch, dtype, device):
+        plain = torch.compile(run) if args.compiled else None
+        competitors: dict[str, Callable[[], object]] = {
+            "ours": partial(run, kernels), "plain": partial(run, reference)}
+        if plain is not None:
+            competitors["compiled"] = partial(plain, reference)
+        times: dict[str, list[float]] = {name: [] for name in competitors}
+        for number in range(args.rounds + 1):
+            for name, work in competitors.items():
+                wait_for(device)
+                began = time.perf_counter()
+                work()
+                wait_for(device)
+                if number:  # the first compiles and allocates
+                    times[name].append(1e3 * (time.perf_counter() - began))
+        median = {name: statistics.median(values) for name, values in times.items()}
+        rows.append({"kernel": kernel, "shape": shape, "bytes": size, "ms": median, "rounds": times,
+                     "bytes_per_s": size / median["ours"] * 1e3,
+                     "of_copy": size / median["ours"] * 1e3 / copy,
+                     "ours_is": {name: value / median["ours"] for name, value in median.items()
+                                 if name != "ours"}})
+        progress(f"{kernel} {shape}: {median['ours']:.2f} ms")
+    return {"device": device_name(), "batch": args.batch, "bn_batch": args.bn_batch,
+            "precision": args.precision, "copy_bytes_per_s": copy, "rows": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Each kernel beside its plain meaning.")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--bn-batch", type=int, default=32)
+    parser.add_argument("--precision", default="bf16", choices=["bf16", "fp16", "fp32"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compiled", action="store_true",
+                        help="also the plain meaning through torch.compile")
+    args = parser.parse_args()
+    if torch.cuda.is_available():
+        from resnet_dist.config import config_from_dict
+        from resnet_dist.distributed import init_world
+
+        init_world(config_from_dict({"name": "bench"}))
+    result = bench_kernels(args, lambda line: print(line, file=sys.stderr))  # noqa: T201
+    sys.stdout.write(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
