@@ -104,6 +104,9 @@ def submit_order(order: Order) -> list[Submitted]:
                                    dataset_follows=order.convert is not None))
         if order.convert is not None:
             conversion = _queue_conversion(order.convert, first, _convert_options(order), runs[0])
+            for run in runs:
+                record(run, "conversion queued", conversion=list(conversion),
+                       conversion_logs=_conversion_logs(first))
         jobs = _queue(order, [config for _, config in members], runs, identity["id"],
                       (*after, *conversion[-1:]))
     except BaseException:
@@ -239,6 +242,12 @@ def _queue_conversion(source: str, config: Config, options: list[str], run: RunP
     if submitted is None:
         return ()
     return tuple(dict.fromkeys(str(job.job_id).split("_")[0] for job in submitted[1]))
+
+
+def _conversion_logs(config: Config) -> str:
+    from data_prep.slurm import job_folder
+
+    return str(job_folder(Path(str(config.data.path))))
 
 
 @contextmanager

@@ -222,7 +222,9 @@ def _lost_before(status: RunStatus, others: Mapping[str, Queued]) -> str:
     for job in status.after:
         state = others[job].state if job in others else ""
         if state.startswith("CANCELLED") or (state in _FAILED_STATES and state != "COMPLETED"):
-            return f"job {job}, which it waited for, ended as {state}"
+            made = [event for event in status.events if job in event.get("conversion", ())]
+            what = f"job {job}, which it waited for, ended as {state}"
+            return f"conversion: {what}; see {made[-1]['conversion_logs']}" if made else what
     return ""
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from launcher.events import Event, read_events, record, redone_steps
 from launcher.progress import heartbeat_steps
 from launcher.submit import prepare, queue
+from resnet_dist.paths import RunPaths
 
 UNIT = Path(__file__).parents[1] / "unit"
 sys.path.insert(0, str(UNIT))
@@ -31,6 +32,13 @@ class SlurmRun:
         os.environ["PYTHONPATH"] = str(UNIT)  # where the job's class is
         self.job = queue(config, self.run, stand_in.StandInJob(str(root)))
         record(self.run, "queued", job=self.job)
+
+    @classmethod
+    def of(cls, run: RunPaths, job: str) -> SlurmRun:
+        """A run that was queued already."""
+        made = cls.__new__(cls)
+        made.run, made.job = run, job
+        return made
 
     def events(self, kind: str | None = None) -> list[Event]:
         return [e for e in read_events(self.run) if kind is None or e["event"] == kind]

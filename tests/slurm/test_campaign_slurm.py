@@ -120,9 +120,12 @@ def test_a_failed_conversion_ends_what_waits_for_it_and_status_says_so(campaign:
     told = status(campaign, "broken")
     assert told["state"] == "failed"
     conversion = told["after"][-1]
-    assert told["cause"] == f"job {conversion}, which it waited for, ended as FAILED"
+    said, _, logs = told["cause"].partition("; see ")
+    assert said == f"conversion: job {conversion}, which it waited for, ended as FAILED"
+    assert any("1 of 18 images could not be used" in path.read_text()
+               for path in Path(logs).glob(f"{conversion}_*.err"))
     shown = campaign("status", "--runs", campaign.runs).stdout
-    assert f"broken: {told['cause']}" in shown
+    assert f"broken: {said}" in shown
 
 
 def test_the_dry_run_shows_the_very_script_that_is_submitted(campaign: Checkout) -> None:

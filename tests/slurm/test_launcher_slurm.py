@@ -13,14 +13,18 @@ import psutil
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from slurm_runs import SlurmRun, stand_in
+from slurm_runs import UNIT, SlurmRun, stand_in
 from slurm_runs import slurm as ask
 
+from launcher import campaign
 from launcher.control import stop
 from launcher.scheduler import queue_states
 from launcher.status import statuses
 from launcher.submit import submit
 from resnet_dist.config import ConfigError
+from tests.conftest import ROOT
+
+RECIPE = ROOT / "configs" / "digits" / "quickstart.yaml"
 
 
 @dataclass
@@ -86,6 +90,28 @@ def test_pickles_logs_and_secret_are_the_owners_alone(signalled):
     assert folder.stat().st_mode & 0o777 == 0o700
     assert {path.stat().st_mode & 0o077 for path in folder.glob("*.pkl")} == {0}
     assert (folder / "secret").stat().st_mode & 0o777 == 0o600
+
+
+def test_tasks_of_an_array_are_requeued_one_by_one(slurm, tmp_path, monkeypatch):
+    monkeypatch.setattr(campaign, "TrainJob", stand_in.StandInJob)
+    monkeypatch.setenv("PYTHONPATH", str(UNIT))
+    made = [stand_in.make_run(tmp_path / f"task{number}", ranks=1, steps=300, cpus_per_rank=1)
+            for number in range(2)]
+    order = campaign.Order(RECIPE, sweep=("seed=0,1",))
+    jobs = campaign._queue(order, [config for _, config in made], [run for run, _ in made], "s", ())
+    tasks = [SlurmRun.of(run, job) for (run, _), job in zip(made, jobs, strict=True)]
+    assert [task.job.partition("_")[2] for task in tasks] == ["0", "1"]
+    for task in tasks:
+        task.wait_for_step(15)
+    ask("scontrol", "requeue", tasks[0].job)
+    ask("scancel", "--signal=USR2", tasks[1].job)
+    for task, how in zip(tasks, ("by SLURM", "scontrol requeue"), strict=True):
+        task.wait_until_over()
+        assert task.events()[-1]["event"] == "finished"
+        assert [event["how"] for event in task.events("requeued")] == [how]
+        assert [event["job"] for event in task.events("started")] == [task.job] * 2
+        (saved,) = task.events("saved")
+        assert task.events("attempt")[1]["step"] == saved["step"] >= 15
 
 
 def test_preempted_jobs_save_and_continue(slurm, tmp_path):

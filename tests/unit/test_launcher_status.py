@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -31,7 +32,7 @@ from launcher.events import (
 from launcher.incarnation import decide
 from launcher.sbatch import sbatch_parameters
 from launcher.scheduler import JobFacts, Queued
-from launcher.status import duration, run_status, show_status, with_queue
+from launcher.status import RunStatus, duration, run_status, show_status, with_queue
 from launcher.submit import prepare, submit
 from launcher.workers import last_error
 from resnet_dist.config import ConfigError, config_from_dict, load_frozen
@@ -166,6 +167,65 @@ def test_slurm_corrects_what_the_files_say(tmp_path):
     assert (failed.state, failed.cause) == ("failed",
                                             "SLURM: OUT_OF_MEMORY; see submitit/*.err")
     assert with_queue(status, Queued("RUNNING", "", "n1")) == status
+
+
+def test_every_column_that_was_promised_is_there(tmp_path, monkeypatch):
+    """State, nodes, step of total, loss, top-1, images/s, ETA, checkpoint's age, restarts."""
+    monkeypatch.setattr(scheduler, "have_slurm", lambda: False)
+    run = trained(tmp_path / "run")
+    record(run, "crashed", attempt=1, cause="rank 1: ended by SIGKILL", checkpoint=100, reached=120)
+    record(run, "attempt", attempt=2, step=100, reached=120, ranks=2, pids=[11, 12])
+    run.heartbeat(0).write_text("2 130\n")
+    text = io.StringIO()
+    show_status(Console(file=text, width=150), None, tmp_path, watch=False, as_json=False)
+    head, row = (line.replace("┃", "│").split("│")[1:-1]
+                 for line in text.getvalue().splitlines() if "run " in line)
+    shown = {name.strip(): cell.strip() for name, cell in zip(head, row, strict=True)}
+    age = shown.pop("checkpoint")
+    assert shown == {"run": "run", "state": "running", "step": "130 / 1,000", "top-1": "51.50",
+                     "restarts": "1", "images/s": "640", "ETA": "1m27s", "loss": "1.900",
+                     "nodes": "1 x 2", "job": "77"}
+    assert re.fullmatch(r"100, \ds ago", age)
+
+
+def waiting(root: Path) -> RunStatus:
+    """A run whose training job waits for a conversion."""
+    run, config = make_run(root)
+    record(run, "conversion queued", conversion=["7", "8"], conversion_logs="/logs")
+    record(run, "submitted", where="slurm", nodes=1, steps=config.steps, after=["8"])
+    record(run, "queued", job="9")
+    record(run, "evaluation queued", protocol="1crop", eval_job="10")
+    return run_status(run)
+
+
+@pytest.mark.parametrize(("mine", "before", "state", "cause"), [
+    (Queued("PENDING", "Dependency", ""), "RUNNING", "pending", "waits for job 8"),
+    (Queued("PENDING", "Dependency", ""), "COMPLETED", "pending", "waits for job 8"),
+    (Queued("PENDING", "Priority", ""), "COMPLETED", "pending", "Priority"),
+    (Queued("PENDING", "DependencyNeverSatisfied", ""), "FAILED", "failed",
+     "conversion: job 8, which it waited for, ended as FAILED; see /logs"),
+    (Queued("CANCELLED", "", ""), "TIMEOUT", "failed",
+     "conversion: job 8, which it waited for, ended as TIMEOUT; see /logs"),
+    (Queued("CANCELLED", "", ""), "COMPLETED", "stopped", "cancelled in SLURM")])
+def test_a_chain_says_which_of_its_jobs_failed(tmp_path, mine, before, state, cause):
+    told = with_queue(waiting(tmp_path / "run"), mine, {"8": Queued(before, "", "")})
+    assert (told.state, told.cause) == (state, cause)
+
+
+def test_an_evaluation_that_failed_is_told_at_its_run(tmp_path):
+    waiting(tmp_path / "run")
+    run = RunPaths(tmp_path / "run")
+    record(run, "finished", cause="", step=60)
+    status = run_status(run)
+    assert (status.state, status.cause) == ("finished", "")
+    for state, cause in (("RUNNING", "job 10 running"), ("OUT_OF_MEMORY",
+                                                         "job 10 ended as OUT_OF_MEMORY")):
+        told = with_queue(status, None, {"10": Queued(state, "", "")})
+        assert (told.state, told.cause) == ("finished", f"evaluation 1crop: {cause}")
+    record(run, "unevaluated", protocol="1crop", why="DataError: shard 3")
+    assert run_status(run).cause == "evaluation 1crop: DataError: shard 3"
+    record(run, "evaluated", protocol="1crop", top1=97.0)
+    assert run_status(run).evaluations == {}
 
 
 def test_five_hundred_runs_in_two_seconds_without_slurm(tmp_path, monkeypatch):
