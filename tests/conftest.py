@@ -28,7 +28,7 @@ CLUSTER = {"slurm", "faults"}  # folders whose tests share one cluster
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers a file stays on one, and all that needs SLURM on one, which starts first.
+    """With several workers a file stays on one; all that needs SLURM is on one, and starts first.
 
     Those tests mostly wait, so that the other worker has the machine.
     """
