@@ -18,7 +18,7 @@ from resnet_dist.config import Config
 from resnet_dist.rules import nearest
 
 _FORMAT = "%P|%l|%a|%D|%c|%m|%G|%f"
-_GPU = re.compile(r"gpu(?::([A-Za-z][\w.-]*))?:(\d+)")
+_GPU = re.compile(r"\bgpu(?::([^:,()]+))?:(\d+)(?=[(,]|$)")
 _PATIENCE_S = 10.0
 
 

@@ -33,6 +33,7 @@ A100_GMACS_PER_S = 2470 * SIZES["resnet50"][1]
 CPU_CORE_GMACS_PER_S = 15.0
 _RUNS_LOOKED_AT = 50  # newest first
 _LINES_LOOKED_AT = 50  # of a run's log: the median of the last ones
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the quick one where it was built
 _OPTIMIZER_COPIES = {"adamw": 2, "lamb": 2}  # tensors beside the weights; the others keep one
 
 
@@ -153,7 +154,7 @@ def _measured(config: Config) -> tuple[float, str] | None:
     wanted = _kind(config_to_dict(config))
     for run in logs[:_RUNS_LOOKED_AT]:
         try:
-            tree = yaml.load(run.config.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
+            tree = yaml.load(run.config.read_text(encoding="utf-8"), Loader=_LOADER)
             kind, launch = _kind(tree), tree["launch"]
         except (OSError, KeyError, TypeError, yaml.YAMLError):
             continue  # not a run directory of this version

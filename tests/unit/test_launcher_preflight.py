@@ -14,14 +14,25 @@ from pathlib import Path
 import pytest
 import yaml
 
+from launcher import cluster as cluster_module
 from launcher import costs
 from launcher.campaign import Order, plan_order
 from launcher.cluster import cluster_problems, minutes, partitions
+from launcher.control import resume
 from launcher.costs import estimate, free_bytes
+from launcher.events import record
 from launcher.preflight import check
 from launcher.sbatch import batch_script, python_command, sbatch_parameters
+from launcher.source import freeze_code
 from resnet_dist.clusters import KEYS, load_profile, profile_folders, profile_names
-from resnet_dist.config import Config, ConfigError, config_from_dict, dump_config, load_config
+from resnet_dist.config import (
+    Config,
+    ConfigError,
+    config_from_dict,
+    dump_config,
+    load_config,
+    load_frozen,
+)
 from resnet_dist.data.manifest import load_manifest
 from resnet_dist.models.names import MODELS
 from resnet_dist.models.sizes import SIZES
@@ -29,6 +40,7 @@ from resnet_dist.paths import RunPaths
 
 sys.path.insert(0, str(Path(__file__).parent))
 import slurm_stand_in
+from launcher_stand_in import make_run
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "configs" / "digits" / "quickstart.yaml"
@@ -107,6 +119,20 @@ def test_a_wrong_profile_is_named_with_key_value_and_remedy(tmp_path: Path, text
         load_config(RECIPE, [f"cluster={path}"])
     assert str(refused.value).startswith(f"cluster = {path}: {path}: ")
     assert message in str(refused.value)
+
+
+def test_resume_may_move_to_another_cluster(tmp_path: Path,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = tmp_path / "other.yaml"
+    profile.write_text("partition: elsewhere\nqos: long\n")
+    run, config = make_run(tmp_path / "run", partition="here", qos="short", ranks=2)
+    record(run, "submitted", where="local", nodes=1, steps=config.steps, batch_size=64)
+    record(run, "stopped", step=20, cause="")
+    monkeypatch.setattr("launcher.control.submit", lambda *_, **__: "1")
+    freeze_code(run)
+    resume(run, [f"cluster={profile}", "launch.qos=now"], local=True)
+    launch = load_frozen(run.config).launch
+    assert (launch.partition, launch.qos, launch.ranks_per_node) == ("elsewhere", "now", 2)
 
 
 def test_a_missing_profile_is_answered_with_the_nearest(cluster: Path) -> None:
@@ -199,6 +225,14 @@ def test_pyxis_is_asked_by_srun(tmp_path: Path, cluster: Path) -> None:
     ("0:30", 0.5), ("n/a", math.inf)])
 def test_slurms_times_are_read(text: str, value: float) -> None:
     assert minutes(text) == value
+
+
+@pytest.mark.parametrize(("gres", "gpus"), [
+    ("(null)", {}), ("gpu:8", {"": 8}), ("gpu:a100:8(S:0-1)", {"a100": 8}),
+    ("gpu:nvidia_h100-80gb:4,nvme:1", {"nvidia_h100-80gb": 4}), ("gpu:1g.10gb:7", {"1g.10gb": 7}),
+    ("gpu:a100:2(S:0),gpu:v100:1(S:1)", {"a100": 2, "v100": 1}), ("license:gpux:3", {})])
+def test_gpus_are_read_from_every_dialect_of_gres(gres: str, gpus: dict) -> None:
+    assert cluster_module._gpus(gres) == gpus
 
 
 def test_partitions_are_read_with_their_kinds_of_nodes(cluster: Path) -> None:
