@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from resnet_dist.config import Config, ConfigError
+from resnet_dist.rendezvous import meet
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def init_world(config: Config) -> World:
     timeout = timedelta(seconds=2 * config.launch.hang_s)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout,
+                            store=meet(rank, size, timeout),
                             device_id=device if backend == "nccl" else None)
     control = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(control, dist.ProcessGroup)

@@ -7,13 +7,15 @@ import signal
 import time
 from functools import partial
 
+import psutil
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from resnet_dist import distributed
-from resnet_dist.distributed import World, tree_sum
+from resnet_dist.config import Config
+from resnet_dist.distributed import World, all_sum, init_world, shutdown, tree_sum
 from resnet_dist.preemption import SignalFlag
 from tests.dist.harness import RankFailed, run_ranks
 from tests.dist.runs import join, make_config
@@ -116,3 +118,18 @@ def test_a_killed_rank_ends_the_others_at_once() -> None:
     with pytest.raises(RankFailed, match=r"rank 1 died|Connection"):
         run_ranks(lose_rank, 2, 1, timeout=60)
     assert time.monotonic() - began < 30  # not the process group's timeout of many minutes
+
+
+def listening(config: Config) -> list[str]:
+    world = init_world(config)
+    all_sum(torch.ones(1), world)
+    own = psutil.Process().net_connections("inet")
+    addresses = [each.laddr.ip for each in own if each.status == psutil.CONN_LISTEN]
+    shutdown()
+    return addresses
+
+
+def test_ranks_listen_on_the_interface_where_they_meet_alone() -> None:
+    found = run_ranks(listening, 2, make_config(2))
+    assert found[0], "rank 0 keeps the store"
+    assert {address for rank in found for address in rank} == {"127.0.0.1"}
