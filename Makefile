@@ -4,10 +4,11 @@ SOURCES := pyproject.toml constraints.txt install.sh setup.py \
            $(wildcard resnet_dist/data/native/*) $(wildcard resnet_dist/kernels/native/*) \
            $(wildcard data_prep/native/*)
 
-.PHONY: help quickstart test lint clean
+.PHONY: help quickstart test faults lint clean
 help:
 	@echo 'make quickstart  convert, train, kill, resume, evaluate on real images: a few minutes'
 	@echo 'make test        the whole test suite, real SLURM included where root'
+	@echo 'make faults      36 faults on real runs and a real SLURM, as root: half an hour'
 	@echo 'make lint        ruff and mypy'
 
 quickstart: $(VENV)/.ready
@@ -15,6 +16,9 @@ quickstart: $(VENV)/.ready
 
 test: $(VENV)/.ready-test lint
 	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup
+
+faults: $(VENV)/.ready-test
+	$(VENV)/bin/python -m tests.faults
 
 lint: $(VENV)/.ready-test
 	$(VENV)/bin/ruff check .

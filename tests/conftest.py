@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
+
+from tests.slurm.cluster import Cluster, why_not
 
 # Without a GPU, Triton's kernels run in its interpreter; it asks when they are defined.
 if not Path("/proc/driver/nvidia").exists():
@@ -72,3 +75,22 @@ def cli() -> Cli:
                               timeout=timeout, cwd=cwd, env={**os.environ, **(env or {})})
 
     return call
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[Cluster]:
+    """A running cluster; SLURM_CONF points to it until the session ends. One for all tests.
+
+    Skips, with the reason, where Debian's SLURM packages are missing or the user is not root.
+    """
+    if reason := why_not():
+        pytest.skip(reason)
+    cluster = Cluster(Path(tempfile.mkdtemp(prefix="rds-", dir="/tmp")))
+    up = cluster.script("up")
+    if up.returncode:
+        pytest.fail(f"the local SLURM did not start:\n{up.stderr}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", str(cluster.prefix / "etc" / "slurm.conf"))
+        yield cluster
+    down = cluster.script("down", "--purge")
+    assert down.returncode == 0, down.stderr

@@ -29,8 +29,9 @@ def write_until_killed(run: RunPaths, first: int, report: int) -> None:
             os.write(report, saved.step.to_bytes(8, "little"))
 
 
-def kill_often(root: Path, kills: int, seed: int) -> tuple[int, int]:
-    """SIGKILL `kills` writers at random moments, check after each; (last step, mid-write kills)."""
+def kill_often(root: Path, kills: int, seed: int, longest_s: float = 0.03) -> tuple[int, int]:
+    """SIGKILL `kills` writers at random moments, each within `longest_s` of its start, check after
+    each; (last step, mid-write kills)."""
     run, draw = RunPaths(root), random.Random(seed)
     reported, torn = 0, 0
     for _ in range(kills):
@@ -42,7 +43,7 @@ def kill_often(root: Path, kills: int, seed: int) -> tuple[int, int]:
             finally:
                 os._exit(1)
         os.close(send)
-        time.sleep(draw.uniform(0, 0.03))
+        time.sleep(draw.uniform(0, longest_s))
         os.kill(child, signal.SIGKILL)
         assert os.WIFSIGNALED(os.waitpid(child, 0)[1]), "the writer failed before it was killed"
         heard = b""
