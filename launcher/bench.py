@@ -150,6 +150,23 @@ def _show_plan(console: Console, result: dict[str, Any]) -> None:
                   "as many are less than 1.5 times as fast")
 
 
+def saves_side_by_side(console: Console, scratch: Path | None, arguments: list[str], *,
+                       as_json: bool) -> None:
+    """Checkpoints in the background against checkpoints that the step waits for."""
+    with tempfile.TemporaryDirectory(prefix="bench-save-", dir=scratch) as folder:
+        found = _measured("save", [folder, *arguments], as_json)
+    if found is None:
+        return
+    table = Table("a save that is", "the step waits, s", "of a minute", "taken from training, s",
+                  "of a minute", title=f"{found['model']}, checkpoints of {found['mb']:.0f} MB, a "
+                  f"step takes {found['step_s']:.2f} s, medians of {found['rounds']}")
+    for way in ("synchronous", "asynchronous"):
+        stall_s, lost_s = found[way]["stall_s"], found[way]["lost_s"]
+        table.add_row(way, f"{stall_s:.3f}", f"{stall_s / 60:.2%}", f"{lost_s:.2f}",
+                      f"{lost_s / 60:.2%}")
+    console.print(table)
+
+
 def _measured(what: str, arguments: list[str], as_json: bool) -> dict[str, Any] | None:
     """What `resnet_dist.bench.WHAT` found, in a process that may use torch; None: printed as it is.
 

@@ -463,6 +463,23 @@ def bench_scaling(
                  planned=plan, as_json=as_json)
 
 
+@bench.command("save")
+def bench_save(
+    model: Annotated[str, typer.Option("--model")] = "resnet50",
+    size: Annotated[int, typer.Option("--size", help="pixels of the made-up images")] = 64,
+    batch_size: Annotated[int, typer.Option("--batch-size")] = 32,
+    rounds: Annotated[int, typer.Option("--rounds", help="saves in each way")] = 5,
+    scratch: Annotated[Path | None, typer.Option("--scratch", help="folder to save in")] = None,
+    as_json: Json = False,
+) -> None:
+    """Saving in the background beside saving while the step waits."""
+    from launcher.bench import saves_side_by_side
+
+    saves_side_by_side(console, scratch, ["--model", model, "--size", str(size), "--batch-size",
+                                          str(batch_size), "--rounds", str(rounds)],
+                       as_json=as_json)
+
+
 def main() -> None:
     """Entry point: a user's mistake is one clear message and exit code 2, never a traceback."""
     try:

@@ -19,6 +19,7 @@ from launcher.freeze import create_run, rewrite_config
 from resnet_dist.config import Config, config_from_dict, config_to_dict, load_frozen
 from resnet_dist.metrics import read_lines
 from resnet_dist.paths import RunPaths
+from resnet_dist.rollback import Rollback, add_rollback
 
 STEPS = 30
 
@@ -184,3 +185,45 @@ def test_a_world_that_does_not_divide_the_batch_is_refused(
     ranks = start(run, world)
     assert [rank.wait(timeout=60) for rank in ranks] == [2] * world
     assert "must divide batch_size / bn_batch = 4" in run.rank_log(0).read_text()
+
+
+def test_an_eased_rate_after_a_divergence_is_part_of_the_run(digits: Path, tmp_path: Path) -> None:
+    """Two runs that went back alike are equal to the bit, one of them killed on the way."""
+    def back(name: str) -> RunPaths:
+        run = create_run(config_of(digits, tmp_path, name))
+        add_rollback(run, Rollback(diverged_at=25, to=0, lr_factor=0.5, until=27))
+        return run
+
+    plain, eased, killed = create_run(config_of(digits, tmp_path, "plain")), back("e"), back("k")
+    finish(plain, 1)
+    finish(eased, 1)
+    rank = start(killed, 1)[0]
+    wait_for_step(killed, 14)
+    rank.kill()
+    rank.wait()
+    finish(killed, 1)
+    assert hashes(killed) == hashes(eased) != hashes(plain)
+    rates = [{line["step"]: line["lr"] for line in read_lines(run.metrics, "train")}
+             for run in (plain, eased)]
+    assert {step: rates[1][step] / rates[0][step] for step in (4, 24, 28)} == {4: 0.5, 24: 0.5,
+                                                                              28: 1.0}
+
+
+def test_a_signal_ends_an_evaluation_and_resume_makes_it_up(digits: Path, tmp_path: Path) -> None:
+    slow = {"every_steps": 10, "resize": None, "size": 32, "batch_size": 1, "protocol": "10crop"}
+    whole = create_run(config_of(digits, tmp_path, "whole", eval=slow, steps=20))
+    finish(whole, 2)
+    asked = create_run(config_of(digits, tmp_path, "asked", eval=slow, steps=20))
+    ranks = start(asked, 2)
+    wait_for_step(asked, 10)  # the evaluation at step 10 takes seconds
+    for rank in ranks:
+        rank.send_signal(signal.SIGUSR2)
+    assert [rank.wait(timeout=60) for rank in ranks] == [75, 75]
+    meta = json.loads(asked.checkpoint(10).state.read_text())["meta"]
+    assert meta["evaluation_due"], "the signal came within the evaluation"
+    assert read_lines(asked.metrics, "val") == []
+    finish(asked, 2)
+    curves = [[(line["step"], line["loss"], line["top1"]) for line in
+               read_lines(run.metrics, "val")] for run in (whole, asked)]
+    assert curves[0] == curves[1]
+    assert hashes(asked, 20) == hashes(whole, 20)
