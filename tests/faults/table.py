@@ -52,8 +52,10 @@ FAULTS = (
     Fault(17, "scontrol requeue", "saved within KillWait, none redone", (jobs.requeued,)),
     Fault(18, "scancel --signal=USR2", "saved at an agreed step, requeued, none redone",
           (jobs.warned,)),
-    Fault(19, "scancel --signal=TERM --full; plain scancel", "saved; never requeued",
-          (jobs.cancelled,)),
+    Fault(19, "scancel --signal=TERM --full; plain scancel",
+          "never requeued; plain: saved; --full: at most K lost", (jobs.cancelled,),
+          "--full signals srun too, and srun answers SIGTERM with SIGKILL to its tasks (srun(1)): "
+          "nobody is left to save; without --full the run saves"),
     Fault(20, "time limit, with a warning before it", "saved, requeued, the limit anew",
           (jobs.time_limit,)),
     Fault(21, "preemption by a higher tier, grace 20 s and none",

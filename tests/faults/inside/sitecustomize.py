@@ -83,7 +83,7 @@ def eio(step: int, value: float) -> None:
 
 def loader(step: int, value: float) -> None:
     """A data thread raises what nobody foresaw, in its `step`-th piece of work."""
-    from resnet_dist.data import loader as module
+    from resnet_dist.data import engine as module
 
     plain, calls = module.compiled_stage, iter(range(1 << 30))
 
