@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import socket
 from datetime import timedelta
+from typing import Any
 
 import psutil
 import torch.distributed as dist
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from resnet_dist.config import ConfigError
 
 
-def meet(rank: int, size: int, timeout: timedelta) -> dist.Store | None:
+def meet(rank: int, size: int, timeout: timedelta) -> Any:
     """The ranks' store; None where torchrun's agent keeps one. Collective.
 
     Raises: ConfigError where the environment does not say where; OSError where the port is taken.
@@ -35,7 +36,8 @@ def meet(rank: int, size: int, timeout: timedelta) -> dist.Store | None:
     listener = None
     if rank == 0:
         listener = socket.create_server((host, int(port)), backlog=max(128, 2 * size))
-    return dist.TCPStore(host, int(port), size, rank == 0, timeout, wait_for_workers=False,
+    return dist.TCPStore(host, int(port), size, rank == 0, timeout,  # type: ignore[attr-defined]
+                         wait_for_workers=False,
                          master_listen_fd=None if listener is None else listener.detach())
 
 

@@ -61,7 +61,8 @@ def measure(config: Config, folder: Path, *, size: int, rounds: int,
             usual_s = statistics.median(plain)
             results.append((stall_s, stall_s + sum(each - usual_s for each in beside)))
             written = size_bytes
-    return {"model": config.model.name, "rounds": rounds, "step_s": statistics.median(plain), "mb": written / 1e6,
+    return {"model": config.model.name, "rounds": rounds, "step_s": statistics.median(plain),
+            "mb": written / 1e6,
             **{way: {"stall_s": statistics.median(stall for stall, _ in results),
                      "lost_s": statistics.median(lost for _, lost in results)}
                for way, results in found.items()}}

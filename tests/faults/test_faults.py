@@ -11,7 +11,7 @@ from tests.faults.ground import Ground
 from tests.faults.table import FAULTS, Fault
 from tests.slurm.cluster import Cluster
 
-ALWAYS = (1, 2, 5, 6, 8, 9, 12, 15, 16, 25, 31, 32)
+ALWAYS = (1, 2, 5, 6, 8, 9, 12, 15)
 ON_SLURM = (25,)
 
 
