@@ -73,7 +73,10 @@ def verify(
     deep: Annotated[bool, typer.Option("--deep", help="decode every image")] = False,
     as_json: Json = False,
 ) -> None:
-    """Check every shard of a data set: headers, bounds, hashes; with --deep every image."""
+    """Check every shard of a data set: headers, bounds, hashes; with --deep every image.
+
+    Example: `resnet-dist verify data/imagenet --deep`
+    """
     from data_prep.verify import verify
 
     report = verify(dst, deep=deep)
@@ -147,6 +150,8 @@ def train(
     """Train in the foreground; also one rank of `torchrun --no-python resnet-dist train CONFIG`.
 
     Running the same command again resumes.
+
+    Example: `resnet-dist train configs/digits/quickstart.yaml data=data/digits`
     """
     from launcher.foreground import train_here
 
@@ -166,7 +171,10 @@ def status(
     runs: Runs = "runs",
     as_json: Json = False,
 ) -> None:
-    """What is running, where, how fast, until when."""
+    """What is running, where, how fast, until when.
+
+    Example: `resnet-dist status resnet50 --watch`
+    """
     from launcher.status import show_status
 
     raise typer.Exit(show_status(console, run, Path(runs), watch=watch, as_json=as_json))
@@ -199,7 +207,8 @@ def logs(
 @app.command()
 def compare(
     first: Run,
-    others: Annotated[list[str], typer.Argument(metavar="RUN ...", help="to lay beside it")],
+    others: Annotated[list[str], typer.Argument(
+        metavar="RUN ...", help="to lay beside it", autocompletion=completion.run_names)],
     curve: Annotated[str, typer.Option("--curve", help="loss, top1, images_per_s, ...")] = "loss",
     png: Annotated[Path | None, typer.Option("--png", help="draw the curves to this file")] = None,
     runs: Runs = "runs",
@@ -223,7 +232,10 @@ def stop(
     runs: Runs = "runs",
     as_json: Json = False,
 ) -> None:
-    """Save a checkpoint and end the job; `resume` continues it."""
+    """Save a checkpoint and end the job; `resume` continues it.
+
+    Example: `resnet-dist stop resnet50`
+    """
     from launcher.control import stop
     from launcher.freeze import find_run
 
@@ -306,7 +318,8 @@ def evaluate(
 
 @app.command()
 def tensorboard(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[RUN ...]")] = None,
+    names: Annotated[list[str] | None, typer.Argument(
+        metavar="[RUN ...]", autocompletion=completion.run_names)] = None,
     port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 6006,
     everyone: Annotated[bool, typer.Option(
         "--everyone", help="listen beyond localhost: no password guards it")] = False,
@@ -383,7 +396,10 @@ def bench_convert(
     scratch: Annotated[Path | None, typer.Option("--scratch", help="folder to work in")] = None,
     as_json: Json = False,
 ) -> None:
-    """Conversion beside FFCV's own DatasetWriter."""
+    """Conversion beside FFCV's own DatasetWriter.
+
+    Example: `resnet-dist bench convert photos/ --workers 4`
+    """
     from launcher.bench import convert_beside_ffcv
 
     convert_beside_ffcv(console, source, scratch, images=images, workers=workers, repeats=repeats,
@@ -400,7 +416,10 @@ def bench_loader(
     sheet: Annotated[Path | None, typer.Option("--sheet", help="also draw crops to a PNG")] = None,
     as_json: Json = False,
 ) -> None:
-    """Our loader beside stock FFCV's and a folder of files."""
+    """Our loader beside stock FFCV's and a folder of files.
+
+    Example: `resnet-dist bench loader data/imagenet --threads 8`
+    """
     from launcher.bench import loaders_side_by_side
 
     loaders_side_by_side(console, dataset, size=size, threads=threads, rounds=rounds,
