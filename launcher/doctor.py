@@ -10,6 +10,7 @@ import fcntl
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -25,16 +26,19 @@ from launcher.doctor_slurm import finding as _finding
 from resnet_dist.config import ConfigError, config_from_dict
 from resnet_dist.data.manifest import check_dataset
 
-_APT = "sudo apt-get install -y --no-install-recommends"
 _NATIVE = {
-    "torch": ("import torch; print(torch.__version__)", "run `make quickstart` again"),
-    "ffcv": ("import ffcv._libffcv, ffcv; print(ffcv.__version__)",
-             f"{_APT} libopencv-dev libturbojpeg0-dev pkg-config, then "
-             "`pip install --force-reinstall --no-deps ffcv==1.0.2`"),
-    "deepspeed": ("import deepspeed; print(deepspeed.__version__)", "run `make quickstart` again"),
+    "torch": ("import torch; print(torch.__version__)", "run `./install.sh` again"),
+    "ffcv": ("import importlib.metadata, ffcv._libffcv, ffcv; "
+             "print(importlib.metadata.version('ffcv'))", "run `./install.sh` again"),
+    "deepspeed": ("import deepspeed; print(deepspeed.__version__)", "run `./install.sh` again"),
     "decoder": ("from resnet_dist.data.native import library; print(library()._name)",
-                f"{_APT} g++ libjpeg-dev libxxhash-dev, then `pip install -e .`"),
+                "run `./install.sh` again"),
 }
+# What a library that is not found comes with, by the beginning of its name.
+_LIBRARIES = {"libopencv_": "libopencv-dev", "libturbojpeg": "libturbojpeg0-dev",
+              "libjpeg": "libjpeg-dev", "libGL.": "libgl1", "libgthread": "libglib2.0-0",
+              "libglib": "libglib2.0-0", "libtbb": "libtbb12", "libstdc++": "libstdc++6"}
+_LOST = re.compile(r"(lib[\w+.-]+): cannot open shared object file")
 _GPU = ("import torch; n = torch.cuda.device_count(); "
         "print(', '.join(torch.cuda.get_device_name(i) for i in range(n)) if n else 'none')")
 
@@ -49,7 +53,8 @@ def examine(folder: Path = Path(), *, slurm: bool = True, data: str | None = Non
     """
     findings = [_finding("ok", "python", platform.python_version()),
                 *(_package(name) for name in ("submitit", "tensorboard", "numpy"))]
-    findings += [_child(name, code, remedy) for name, (code, remedy) in _NATIVE.items()]
+    findings += [_with_package(_child(name, code, remedy))
+                 for name, (code, remedy) in _NATIVE.items()]
     findings += [_cpus(), *_gpus(), *(slurm_findings() if slurm else ()), *_file_system(folder)]
     return findings + ([_dataset(data)] if data is not None else [])
 
@@ -85,6 +90,19 @@ def _child(what: str, code: str, remedy: str) -> Finding:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         return _finding("problem", what, reason[:120], remedy)
     return _finding("ok", what, done.stdout.strip().splitlines()[-1])
+
+
+def _with_package(finding: Finding) -> Finding:
+    """Name the package of a shared library that was not found, and the way without root."""
+    lost = _LOST.search(finding["found"])
+    if finding["state"] != "problem" or not lost:
+        return finding
+    package = next((package for start, package in _LIBRARIES.items()
+                    if lost[1].startswith(start)), None)
+    install = (f"`sudo apt-get install -y --no-install-recommends {package}`, or without root "
+               if package else "")
+    return {**finding, "found": f"{lost[1]} is missing",
+            "remedy": f"{install}`./install.sh` again (docs/install.md)"}
 
 
 def _cpus() -> Finding:

@@ -27,7 +27,7 @@ def introduce(metrics: Metrics, run: RunPaths, config: Config, step: int, note: 
 def settings(config: Config, origin: dict[str, Any]) -> dict[str, bool | int | float | str]:
     """What tells this run from others: settings that are not the default's, and a sweep's."""
     chosen, default = flat(config_to_dict(config)), flat(config_to_dict(Config()))
-    swept = origin.get("sweep") or {}
+    swept = origin.get("sweep", {}).get("values", {})
     shown = {key: value for key, value in chosen.items()
              if key in _ALWAYS or key in swept
              or (value != default[key] and not key.startswith(_NEVER))}
