@@ -106,7 +106,10 @@ unpack_packages() {
     python=()
     has_python_headers || python+=("libpython$version-dev")
     "$PYTHON" -c 'import ensurepip' 2>/dev/null || python+=(python3-pip-whl)
-    if [ "$(cat "$PREFIX/complete" 2>/dev/null)" = "${LINKED[*]} ${python[*]:-}" ]; then return; fi
+    if [ "$(cat "$PREFIX/complete" 2>/dev/null)" = "${LINKED[*]} ${python[*]:-}" ] \
+            && { [ -z "$WHEELS" ] || [ -d "$WHEELS/debs" ]; }; then
+        return
+    fi
     mkdir -p "$state/debs" "$state/lists/partial" "$state/cache/archives/partial"
     : >"$state/status"  # nothing counts as installed: the other nodes may have less than this one
     if [ -n "$OFFLINE" ]; then
@@ -154,23 +157,25 @@ settle_prefix() {
     for library in blas/libblas.so.3 lapack/liblapack.so.3; do
         [ ! -e "$lib/$library" ] || ln -sf "$library" "$lib/$(basename "$library")"
     done
+    write_environment
 }
 
-use_prefix() {
-    local lib
+# What a build against the prefix needs: sourced below, and by hand for another program.
+write_environment() {
+    local lib other headers
     lib=$(dirname "$(find "$PREFIX/usr/lib" -name libturbojpeg.so | head -1)")
-    export PKG_CONFIG_PATH=$lib/pkgconfig:$PREFIX/usr/share/pkgconfig
-    export PATH=$PATH:$PREFIX/usr/bin  # pkg-config, where the machine has none
-    export CPATH=$PREFIX/usr/include:$PREFIX/usr/include/$(basename "$lib")
-    for headers in "$PREFIX"/usr/include/python3.*; do
-        [ ! -d "$headers" ] || CPATH=$CPATH:$headers
-    done
-    export LIBRARY_PATH=$lib
-    # RPATH and not RUNPATH: it also holds for the libraries that these libraries need.
-    local other=$PREFIX/lib/$(basename "$lib")  # where packages have what starts a machine
-    export LDFLAGS="-Wl,--disable-new-dtags,-rpath,$lib:$other,-rpath-link,$lib:$other"
-    command -v pkg-config >/dev/null && pkg-config --version >/dev/null 2>&1 \
-        || export LD_LIBRARY_PATH=$lib
+    other=$PREFIX/lib/$(basename "$lib")  # where packages have what starts a machine
+    headers=$(find "$PREFIX/usr/include" -maxdepth 1 -name 'python3.*' -printf ':%p')
+    cat >"$PREFIX/environment.sh" <<EOF
+export PKG_CONFIG_PATH=$lib/pkgconfig:$PREFIX/usr/share/pkgconfig
+export CPATH=$PREFIX/usr/include:$PREFIX/usr/include/$(basename "$lib")$headers
+export LIBRARY_PATH=$lib
+# RPATH and not RUNPATH: it also holds for the libraries that these libraries need.
+export LDFLAGS="-Wl,--disable-new-dtags,-rpath,$lib:$other,-rpath-link,$lib:$other"
+if ! command -v pkg-config >/dev/null; then
+    export PATH=\$PATH:$PREFIX/usr/bin LD_LIBRARY_PATH=$lib
+fi
+EOF
 }
 
 # -- Python ----------------------------------------------------------------------------------------
@@ -241,7 +246,8 @@ fi
 if [ -n "$PREFIX" ]; then
     say "Unpacking native packages into $PREFIX"
     unpack_packages
-    use_prefix
+    # shellcheck disable=SC1091
+    . "$PREFIX/environment.sh"
 fi
 [ -z "$NATIVE_ONLY" ] || exit 0
 
