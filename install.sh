@@ -212,7 +212,8 @@ without_display() {
     local version
     "$VENV/bin/python" -c 'import cv2' 2>/dev/null && return
     version=$(sed -n 's/^opencv-python==//p' constraints.txt)
-    "$VENV/bin/python" -m pip uninstall --quiet --yes opencv-python opencv-python-headless
+    "$VENV/bin/python" -m pip uninstall --quiet --yes opencv-python opencv-python-headless \
+        2>/dev/null
     "${pip[@]}" "opencv-python-headless==$version"
 }
 

@@ -37,7 +37,7 @@ _TAGS = {
     "val": {f"{weights}{key}": f"val/{weights}{key}" for weights in ("", "ema_")
             for key in ("loss", "top1", "top5")},
 }
-_EVENTS_SHOWN = 100
+_EVENTS_SHOWN = 50
 
 
 class Metrics:

@@ -31,7 +31,7 @@ from resnet_dist.views import picture
 log = logging.getLogger(__name__)
 
 IMAGES = 32  # of a training batch, at most one bn_batch; and through which responses are measured
-MISTAKES = 24
+MISTAKES = 20
 
 
 class Panels:
@@ -103,7 +103,7 @@ class Panels:
         captions = [(f"is {self._classes[outcomes.labels[i]]}",
                      f"{100 * outcomes.confidences[i]:.0f}% "
                      f"{self._classes[outcomes.predicted[i]]}") for i in wrong]
-        return contact_sheet(pictures, captions)
+        return contact_sheet(pictures, captions, columns=5)
 
     @contextmanager
     def _safely(self, step: int) -> Iterator[None]:
