@@ -220,7 +220,7 @@ without_display() {
 check_libraries() {
     local lost
     lost=$(find "$VENV"/lib/python3*/site-packages/ffcv resnet_dist data_prep -name '*.so' \
-           -exec ldd {} + | sed -n 's/^[[:space:]]*\(.*\) => not found/\1/p' | sort -u | xargs)
+           -exec env -u LD_LIBRARY_PATH ldd {} + | sed -n 's/^[[:space:]]*\(.*\) => not found/\1/p' | sort -u | xargs)
     [ -z "$lost" ] || fail "$lost: built against, but not found when loaded;" \
         "    was ${PREFIX:-a library} moved? Remove $VENV and run this again"
 }

@@ -197,7 +197,7 @@ class LogConfig(Section):
     every_steps: Count = 20
     # Pictures and histograms in TensorBoard: of training at such steps and at the first, of a
     # validation at the first one in every so many steps and at the last; 0: none.
-    panels_every_steps: Natural = 5000
+    panels_every_steps: Natural = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
