@@ -19,18 +19,19 @@ import pytest
 
 from tests.conftest import ROOT
 
-# Sections whose examples belong to one story, told on the digits with a cluster of four nodes.
-SECTIONS = ("### Submit", "### Watch", "### Resume")
+# One story, told on the digits with a cluster of four nodes.
+STORY = ("### Submit", "### Watch", "### Resume", "### Evaluate")
 LOOKS = ("status", "doctor")
 SUBMITS = re.compile(r"--sweep|--convert")
 NAMES = re.compile(r"name=(\w+)")
 
 
-def transcripts(text: str) -> list[tuple[str, list[str]]]:
-    """(command, lines it printed) in the order of the page."""
+def transcripts(*sections: str) -> list[tuple[str, list[str]]]:
+    """(command, lines it printed) in the order of the README."""
+    text = (ROOT / "README.md").read_text()
     found: list[tuple[str, list[str]]] = []
-    for section in SECTIONS:
-        body = text.split(f"\n{section}\n")[1].split("\n### ")[0]
+    for section in sections:
+        body = re.split(r"\n##+ ", text.split(f"\n{section}\n")[1])[0]
         for block in re.findall(r"(?:^    .*\n|^\n(?=    ))+", body, re.M):
             lines = [line[4:] for line in block.splitlines() if line.startswith("    ")]
             for line in lines:
@@ -67,32 +68,46 @@ def test_a_skeleton_forgets_numbers_and_paths_alone() -> None:
     assert skeleton("a │ running") != skeleton("a │ failed")
 
 
+def type_in(command: str, shown: list[str], folder: Path) -> None:
+    """Type a command in `folder`; it must end well and print what is shown."""
+    words = command.split()
+    assert words[0] == "resnet-dist"
+    wanted = [skeleton(line) for line in shown if line.strip() not in ("", "...")]
+    deadline = time.monotonic() + 120
+    while True:
+        done = subprocess.run(
+            [sys.executable, "-m", "launcher.cli", *words[1:]], cwd=folder, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=150,
+            env={**os.environ, "COLUMNS": "80", "PYTHONPATH": str(ROOT)})
+        assert done.returncode == 0, (command, done.stdout)
+        printed = [skeleton(line) for line in done.stdout.splitlines()]
+        missing = [line for line in wanted if line and not any(
+            each == line or (line.endswith("...") and each.startswith(line[:-3].strip()))
+            for each in printed)]
+        if not missing:
+            return
+        late = time.monotonic() > deadline or words[1] not in LOOKS
+        assert not late, (command, missing, done.stdout)
+        time.sleep(0.5)
+
+
+def test_the_conversion_prints_what_the_readme_shows(samples: Path, tmp_path: Path) -> None:
+    (tmp_path / "cifar10-jpeg.tar.gz").symlink_to(samples / "cifar10-jpeg.tar.gz")
+    said = transcripts("### Convert")
+    assert [command.split()[1] for command, _ in said] == ["convert", "verify"]
+    for command, shown in said:
+        type_in(command, shown, tmp_path)
+
+
 @pytest.mark.timeout(400)
-def test_every_example_prints_what_the_readme_shows(home: Path) -> None:
-    said = transcripts((ROOT / "README.md").read_text())
-    assert len(said) >= 8
+def test_the_story_prints_what_the_readme_shows(home: Path) -> None:
+    said = transcripts(*STORY)
+    verbs = {command.split()[1] for command, _ in said}
+    assert verbs >= {"submit", "status", "stop", "resume", "eval", "doctor"}
     # The run `digits` goes on while one reads about sweeps: its story first, then the rest.
     said.sort(key=lambda pair: not re.search(r"name=digits|digits launch|digits$", pair[0]))
     for command, shown in said:
-        words = command.split()
-        assert words[0] == "resnet-dist"
-        wanted = [skeleton(line) for line in shown if line.strip() not in ("", "...")]
-        deadline = time.monotonic() + 120
-        while True:
-            done = subprocess.run(
-                [sys.executable, "-m", "launcher.cli", *words[1:]], cwd=home, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=150,
-                env={**os.environ, "COLUMNS": "80", "PYTHONPATH": str(ROOT)})
-            assert done.returncode == 0, (command, done.stdout)
-            printed = [skeleton(line) for line in done.stdout.splitlines()]
-            missing = [line for line in wanted if line and not any(
-                each == line or (line.endswith("...") and each.startswith(line[:-3].strip()))
-                for each in printed)]
-            if not missing:
-                break
-            late = time.monotonic() > deadline or words[1] not in LOOKS
-            assert not late, (command, missing, done.stdout)
-            time.sleep(0.5)
+        type_in(command, shown, home)
         if SUBMITS.search(command):  # what becomes of these, test_campaign_slurm.py follows
             subprocess.run(["scancel", f"--name={NAMES.search(command)[1]}"], check=True)
     assert not list((home / "runs").glob(".doctor*")), "the doctor leaves nothing behind"
