@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -40,6 +41,7 @@ def main() -> int:
     numbers = {int(word) for word in asked.only.split(",")} if asked.only else None
     chosen = [fault for fault in FAULTS if numbers is None or fault.number in numbers]
     os.umask(0o022)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was started is ended even then
     folder = (asked.scratch or Path(tempfile.mkdtemp(prefix="faults-"))).absolute()
     folder.mkdir(exist_ok=True)
     for run in (folder / "runs").glob("*"):
@@ -54,12 +56,12 @@ def main() -> int:
             rows.append(judge(fault, ground))
             console.print(f"{fault.number:>2}  {fault.what}: {rows[-1]['seen']}", highlight=False,
                           style=None if rows[-1]["as_expected"] else "red")
+            if asked.json:
+                asked.json.write_text(json.dumps(rows, indent=1) + "\n")
     finally:
         ground.close()
         cluster.script("down", "--purge")
     show(rows)
-    if asked.json:
-        asked.json.write_text(json.dumps(rows, indent=1) + "\n")
     if not asked.scratch:
         console.print(f"runs and logs: {folder}")
     return int(not all(row["as_expected"] for row in rows))
