@@ -86,12 +86,13 @@ def test_deepspeed_runs_in_the_foreground_without_a_launcher() -> None:
     assert window["loss"] > 0
 
 
-def one_step(values: dict[str, Any]) -> EngineState:
-    """Without decay the momentum after it is the gradient."""
+def one_step(values: dict[str, Any]) -> tuple[EngineState, dict[str, float]]:
+    """State and norms; without decay the momentum after it is the gradient."""
     world = join(make_config(1))
-    engine = build(make_config(world.size, **values, optimizer={"weight_decay": 0.0}), world)
+    engine = build(make_config(world.size, **values, optimizer={"weight_decay": 0.0},
+                               log={"every_steps": 1}), world)
     train(engine, 0, 1)
-    return engine.state()
+    return engine.state(), engine.norms()
 
 
 def momentum(state: EngineState) -> torch.Tensor:
@@ -100,8 +101,15 @@ def momentum(state: EngineState) -> torch.Tensor:
 
 
 def test_first_gradients_of_all_engines_agree() -> None:
-    first, *others = [run_ranks(one_step, 2, values)[0] for values in ENGINES]
-    for state in others:
+    (first, _), *others = steps = [run_ranks(one_step, 2, values)[0] for values in ENGINES]
+    for state, norms in steps:
+        assert norms["gradient_norm"] == pytest.approx(
+            float(momentum(state).double().norm()), rel=1e-5)
+        weights = torch.cat([value.reshape(-1) for name, value in state.model.items()
+                             if not name.endswith(("running_mean", "running_var", "tracked"))])
+        assert norms["parameter_norm"] == pytest.approx(
+            float(weights.double().norm()), rel=1e-5)
+    for state, _ in others:
         difference = (momentum(state) - momentum(first)).norm()
         assert difference / momentum(first).norm() < 1e-5
         torch.testing.assert_close(state.optimizer["window"], first.optimizer["window"])
@@ -111,7 +119,7 @@ def test_first_gradients_of_all_engines_agree() -> None:
     pytest.param(ENGINES[0], id="ddp"),
     pytest.param(ENGINES[2], id="zero1", marks=pytest.mark.slow)])
 def test_gradients_that_travel_in_bf16_are_rounded_and_no_worse(values: dict[str, Any]) -> None:
-    whole, rounded = (momentum(run_ranks(one_step, 2, {**values, "gradient_dtype": dtype})[0])
+    whole, rounded = (momentum(run_ranks(one_step, 2, {**values, "gradient_dtype": dtype})[0][0])
                       for dtype in ("fp32", "bf16"))
     assert 0 < (rounded - whole).norm() / whole.norm() < 2 ** -7
 
