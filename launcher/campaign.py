@@ -30,7 +30,7 @@ from launcher.freeze import create_run, find_run
 from launcher.job import TrainJob
 from launcher.preflight import Plan, check, dry_run
 from launcher.sbatch import environment_lines, executor
-from launcher.scheduler import have_slurm
+from launcher.scheduler import cancel, have_slurm
 from launcher.source import frozen_environment
 from launcher.status import run_status
 from launcher.submit import announce, handed_to_slurm, submit
@@ -54,6 +54,7 @@ class Order:
     convert: str | None = None  # a source: the data set is made first
     evaluate: tuple[str, ...] = ()  # protocols
     after: tuple[str, ...] = ()  # runs or job ids to wait for
+    trust_slurm: bool = False  # the cluster is not judged here
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ def submit_order(order: Order) -> list[Submitted]:
     members = configurations(order)
     first = members[0][1]
     after = _jobs(order.after, first.runs)
-    check(first, local=order.local, dataset=order.convert is None, runs=len(members))
+    check(first, local=order.local, dataset=order.convert is None, runs=len(members),
+          cluster=not order.trust_slurm)
     identity = {"id": f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"}
     runs: list[RunPaths] = []
     conversion: tuple[str, ...] = ()
@@ -110,7 +112,9 @@ def submit_order(order: Order) -> list[Submitted]:
         jobs = _queue(order, [config for _, config in members], runs, identity["id"],
                       (*after, *conversion[-1:]))
     except BaseException:
-        for run in runs:  # nothing was queued that would need them
+        for job in conversion:  # it runs the code of a run that will not be
+            cancel(job, kill=False)
+        for run in runs:
             shutil.rmtree(run.root)
         raise
     return [Submitted(run, job, tuple(queue_evaluation(config, run, EvalJob(str(run.root), each),
@@ -123,7 +127,7 @@ def plan_order(order: Order) -> Plan:
     members = configurations(order)
     after = _jobs(order.after, members[0][1].runs)
     return dry_run(members[0][1], local=order.local, after=after, dataset=order.convert is None,
-                   runs=len(members))
+                   runs=len(members), cluster=not order.trust_slurm)
 
 
 def configurations(order: Order) -> list[tuple[dict[str, str], Config]]:

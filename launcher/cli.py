@@ -109,6 +109,8 @@ def submit(
         "--eval", metavar="PROTOCOL", help="evaluate when it has finished; repeatable")] = None,
     after: Annotated[list[str] | None, typer.Option(
         "--after", metavar="RUN", help="start when this run, or job, has ended well")] = None,
+    trust_slurm: Annotated[bool, typer.Option(
+        "--trust-slurm", help="leave it to SLURM whether the cluster can do it")] = False,
     as_json: Json = False,
 ) -> None:
     """Check a recipe, freeze a run directory, and queue the job.
@@ -129,7 +131,8 @@ def submit(
 
     order = campaign.Order(
         config, tuple(options or ()), local=local, sweep=tuple(sweep or ()), parallel=parallel,
-        convert=convert, evaluate=tuple(evaluate or ()), after=tuple(after or ()))
+        convert=convert, evaluate=tuple(evaluate or ()), after=tuple(after or ()),
+        trust_slurm=trust_slurm)
     if dry_run:
         preflight.show(console, campaign.plan_order(order), as_json=as_json)
         return

@@ -66,16 +66,19 @@ def cluster_problems(config: Config) -> list[str]:
     if known is None:
         return []
     wanted = config.launch.partition
-    chosen = known.get(wanted) if wanted else next(
-        (each for each in known.values() if each.default), None)
-    if chosen is None:
-        if wanted:
-            near = nearest(wanted, sorted(known))
+    if wanted is None:
+        chosen = [each for each in known.values() if each.default]
+        if not chosen:
+            return ["launch.partition = null: the cluster has no default partition; pick one of "
+                    + ", ".join(sorted(known))]
+    else:
+        if unknown := [name for name in wanted.split(",") if name not in known]:
+            near = nearest(unknown[0], sorted(known))
             return [f"launch.partition = {wanted}: the cluster has no such partition{near}"]
-        return ["launch.partition = null: the cluster has no default partition; pick one of "
-                + ", ".join(sorted(known))]
-    return [*_partition_problems(config, chosen), *_node_problems(config, chosen, known),
-            *_account_problems(config)]
+        chosen = [known[name] for name in wanted.split(",")]  # SLURM takes whichever starts first
+    found = [[*_partition_problems(config, each), *_node_problems(config, each, known)]
+             for each in chosen]
+    return [*min(found, key=len), *_account_problems(config)]
 
 
 def _partition_problems(config: Config, chosen: Partition) -> Iterator[str]:

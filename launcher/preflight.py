@@ -28,18 +28,20 @@ from resnet_dist.data.manifest import check_dataset
 from resnet_dist.paths import RunPaths
 
 
-def check(config: Config, *, local: bool, dataset: bool = True, runs: int = 1) -> Estimate:
+def check(config: Config, *, local: bool, dataset: bool = True, runs: int = 1,
+          cluster: bool = True) -> Estimate:
     """What one run will cost. Raises: ConfigError with one line a problem.
 
     Args:
         runs: how many like it are submitted together.
+        cluster: False leaves it to SLURM whether the cluster can do it.
         local: no cluster is asked.
         dataset: False where a conversion that is queued before will make it.
     """
     manifest = check_dataset(config) if dataset else None
     refuse_taken(config)
     slurm = have_slurm() and not local
-    problems = _job_problems(config) if slurm else one_machine_problems(config)
+    problems = _job_problems(config, cluster) if slurm else one_machine_problems(config)
     cost = estimate(config, manifest)
     if cost.disk_bytes * runs > cost.free_bytes:
         problems.append(
@@ -52,9 +54,9 @@ def check(config: Config, *, local: bool, dataset: bool = True, runs: int = 1) -
     return cost
 
 
-def _job_problems(config: Config) -> list[str]:
+def _job_problems(config: Config, cluster: bool) -> list[str]:
     python_command(config, None)  # a container that is not there
-    return cluster_problems(config)
+    return cluster_problems(config) if cluster else []
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,9 @@ class Plan:
 
 
 def dry_run(config: Config, *, local: bool, after: Sequence[str] = (), dataset: bool = True,
-            runs: int = 1) -> Plan:
+            runs: int = 1, cluster: bool = True) -> Plan:
     """The plan; nothing is queued and no run directory made. Raises: ConfigError."""
-    cost = check(config, local=local, dataset=dataset, runs=runs)
+    cost = check(config, local=local, dataset=dataset, runs=runs, cluster=cluster)
     config = anchored(config)
     if local or not have_slurm():
         return Plan(config, None, "", cost)

@@ -282,6 +282,23 @@ def test_what_the_cluster_cannot_do_is_told_before_queueing(cluster: Path, launc
         assert message in problem
 
 
+def test_of_several_partitions_one_must_do(cluster: Path) -> None:
+    assert cluster_problems(asking(**GPU | {"partition": "debug,gpu"})) == []
+    (problem,) = cluster_problems(asking(partition="cpu,gpus"))
+    assert "launch.partition = cpu,gpus: the cluster has no such partition; did you" in problem
+    assert cluster_problems(asking(**GPU | {"partition": "cpu,old"})) != []
+
+
+def test_the_users_word_that_slurm_knows_better_is_taken(digits: Path, tmp_path: Path,
+                                                         cluster: Path) -> None:
+    words = (f"data={digits}", f"runs={tmp_path}/runs", "launch.partition=hidden")
+    with pytest.raises(ConfigError, match=r"launch.partition = hidden: the cluster has no such"):
+        plan_order(Order(RECIPE, words))
+    plan = plan_order(Order(RECIPE, words, trust_slurm=True))
+    assert plan.script is not None
+    assert "#SBATCH --partition=hidden" in plan.script
+
+
 def test_accounts_are_not_judged_where_slurm_takes_any(cluster: Path) -> None:
     slurm_stand_in.install(cluster, scontrol="AccountingStorageEnforce = none\n")
     assert cluster_problems(asking(account="music", qos="express")) == []
