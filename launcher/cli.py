@@ -178,7 +178,7 @@ def status(
 
     Example: `resnet-dist status resnet50 --watch`
     """
-    from launcher.status import show_status
+    from launcher.show import show_status
 
     raise typer.Exit(show_status(console, run, Path(runs), watch=watch, as_json=as_json))
 

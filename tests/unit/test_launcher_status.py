@@ -32,7 +32,8 @@ from launcher.events import (
 from launcher.incarnation import decide
 from launcher.sbatch import sbatch_parameters
 from launcher.scheduler import JobFacts, Queued
-from launcher.status import RunStatus, duration, run_status, show_status, with_queue
+from launcher.show import duration, show_status
+from launcher.status import RunStatus, run_status, with_queue
 from launcher.submit import prepare, submit
 from launcher.workers import last_error
 from resnet_dist.config import ConfigError, config_from_dict, load_frozen
