@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -125,4 +126,4 @@ def _code_lines(launch: LaunchConfig, code: str) -> list[str]:
 def _mounts(config: Config, where: Path | None) -> list[str]:
     """What a job reads and writes."""
     paths = [str(where) if where else None, config.data.path, config.init_from]
-    return [path for path in paths if path]
+    return [os.path.abspath(path) for path in paths if path]

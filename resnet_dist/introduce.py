@@ -30,6 +30,6 @@ def settings(config: Config, origin: dict[str, Any]) -> dict[str, bool | int | f
     swept = origin.get("sweep", {}).get("values", {})
     shown = {key: value for key, value in chosen.items()
              if key in _ALWAYS or key in swept
-             or (value != default[key] and not key.startswith(_NEVER))}
+             or (value != default.get(key) and not key.startswith(_NEVER))}
     return {key: value if isinstance(value, bool | int | float | str) else json.dumps(value)
             for key, value in shown.items()}

@@ -25,7 +25,8 @@ RECIPE = ROOT / "configs" / "digits" / "quickstart.yaml"
 STEPS = 12
 SETTINGS = (f"steps={STEPS}", "batch_size=32", "bn_batch=8", "threads=1", "log.every_steps=4",
             "checkpoint.every_steps=6", "eval.every_steps=1000", "schedule.warmup_steps=2",
-            "launch.ranks_per_node=1", "launch.cpus_per_rank=1", "launch.partition=main")
+            "launch.ranks_per_node=1", "launch.cpus_per_rank=1", "launch.partition=main",
+            "launch.environment.SITE=here", "launch.options.comment=sweep")
 CONVERSION = ("convert.workers=1", "convert.slurm_tasks=2", "convert.slurm_mem_gb=0.5")
 
 

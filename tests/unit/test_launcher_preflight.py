@@ -205,7 +205,8 @@ def test_a_container_wraps_the_jobs_python_and_sees_what_the_job_needs(tmp_path:
                           text=True)
     assert done.stdout == "42\n", done.stderr
     called = (cluster / "calls").read_text()
-    assert f"exec --nv --bind={run.root} --bind=d --bind=/etc/slurm {image}" in called
+    data = Path("d").absolute()
+    assert f"exec --nv --bind={run.root} --bind={data} --bind=/etc/slurm {image}" in called
     with pytest.raises(ConfigError, match=r"launch.container = /no.sif: no such file"):
         python_command(asking(container="/no.sif"), None)
 
@@ -214,7 +215,8 @@ def test_pyxis_is_asked_by_srun(tmp_path: Path, cluster: Path) -> None:
     script = batch_script(asking(container="nvcr.io/x:1", container_runtime="pyxis"),
                           RunPaths(tmp_path / "x"))
     assert "--container-image=nvcr.io/x:1" in script
-    assert f"--container-mounts={tmp_path}/x:{tmp_path}/x,d:d" in script
+    data = Path("d").absolute()
+    assert f"--container-mounts={tmp_path}/x:{tmp_path}/x,{data}:{data}" in script
     assert " python3 -u -m submitit.core._submit" in script
 
 

@@ -53,3 +53,15 @@ def test_kinds_do_not_mix(tmp_path: Path) -> None:
     board = EventAccumulator(str(run.tensorboard))
     board.Reload()
     assert [event.value for event in board.Scalars("val/top1")] == [50.0]
+
+
+def test_variables_and_options_of_a_cluster_are_no_obstacle_to_the_table_of_runs() -> None:
+    """They have no default to differ from."""
+    from resnet_dist.config import config_from_dict
+    from resnet_dist.introduce import settings
+
+    config = config_from_dict({"name": "x", "seed": 3, "launch": {
+        "environment": {"NCCL_DEBUG": "INFO"}, "options": {"reservation": "friday"}}})
+    shown = settings(config, {"sweep": {"values": {"seed": "3"}}})
+    assert shown["seed"] == 3
+    assert not [key for key in shown if key.startswith("launch.")]
