@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -289,8 +289,8 @@ class Heart:
         os.replace(temporary, self._path)
 
 
-def main(arguments: list[str]) -> int:
-    """Run one rank on the run directory in `arguments`; the exit code."""
+def main(arguments: list[str]) -> NoReturn:
+    """Run one rank on the run directory in `arguments`, and end the process."""
     rank = int(os.environ.get("RANK", 0))
     logging.basicConfig(level=logging.INFO, stream=sys.stderr,
                         format=f"%(asctime)s rank {rank} %(levelname)s: %(message)s")
@@ -306,7 +306,6 @@ def main(arguments: list[str]) -> int:
             world = init_world(config)
             code = train(run, config, world, signals)
             shutdown()
-            return code
     except (ConfigError, DataError, CheckpointError) as error:
         log.error("%s", error)
         code = BAD_INPUT
@@ -317,10 +316,11 @@ def main(arguments: list[str]) -> int:
         log.exception("failed")
         log.error("%s: %s", type(error).__name__, " ".join(str(error).split()))
         code = CRASHED
-    # Leave at once: peers notice the closed connections, and no destructor can wait for them.
+    # Leave at once: peers notice the closed connections, no destructor can wait for them, and
+    # Python's own farewell takes seconds in which the rank would seem to hang.
     logging.shutdown()
     os._exit(code)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])
