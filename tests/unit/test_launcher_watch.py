@@ -23,6 +23,7 @@ from launcher.board import tunnel
 from launcher.compare import compare_runs
 from launcher.events import record
 from launcher.logs import print_logs, wanted
+from launcher.workers import last_error
 from resnet_dist.config import ConfigError
 from resnet_dist.paths import RunPaths
 
@@ -114,6 +115,12 @@ def test_follow_prints_what_arrives_until_the_run_is_over(logged: RunPaths) -> N
         log.write("2026-01-01 00:00:22,000 rank 0 ERROR: end\n")
     record(logged, "finished", step=1)
     assert process.communicate(timeout=20)[0].split()[-1] == "end"
+
+
+def test_the_cause_of_a_crash_is_told_without_stamp_rank_and_level() -> None:
+    lines = ["2026-01-01 00:00:01,000 rank 1 INFO: one",
+             "2026-01-01 00:00:02,000 rank 1 ERROR: ValueError: no such luck"]
+    assert last_error(lines) == "ValueError: no such luck"
 
 
 # -- compare ---------------------------------------------------------------------------------------
