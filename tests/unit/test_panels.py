@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 
 from resnet_dist import panels as panels_module
 from resnet_dist.clock import Clock
-from resnet_dist.config import Config, ConfigError, config_from_dict, config_to_dict
+from resnet_dist.config import (
+    Config,
+    ConfigError,
+    config_from_dict,
+    config_to_dict,
+    dump_config,
+    load_config,
+    load_frozen,
+)
 from resnet_dist.curves import read_lines
 from resnet_dist.data.loader import Batch
 from resnet_dist.data.manifest import load_manifest
@@ -207,6 +215,16 @@ def test_settings_show_what_tells_runs_apart_and_what_a_sweep_varies() -> None:
         "optimizer.lr": 0.1, "optimizer.weight_decay": 1e-4, "schedule.milestones": "[10, 20]"}
     swept = settings(config, {"sweep": {"values": {"optimizer.momentum": 0.9}}})
     assert swept == {**shown, "optimizer.momentum": 0.9}
+
+
+def test_a_range_is_no_number_to_the_base_of_sixty(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump_config(configured()))
+    config = load_config(recipe, ["profile=10:12"])
+    assert config.profile == "10:12"
+    frozen = tmp_path / "config.yaml"
+    frozen.write_text(dump_config(config))
+    assert load_frozen(frozen).profile == "10:12"
 
 
 @pytest.mark.parametrize("value", ["5:5", "9:3", "0:201", "100", "a:b", "0:101"])
