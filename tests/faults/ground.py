@@ -89,7 +89,8 @@ class Ground:
             "batch_size": 16, "bn_batch": 4, "model": "resnet20", "threads": 1, "device": "cpu",
             "augment": {"name": "pad_crop", "size": 32, "flip": False},
             "schedule": {"name": "cosine", "warmup_steps": 5},
-            "checkpoint": {"every_steps": EVERY}, "log": {"every_steps": 5, "panels_every_steps": 0},
+            "checkpoint": {"every_steps": EVERY},
+            "log": {"every_steps": 5, "panels_every_steps": 0},
             "eval": {"every_steps": 10_000, "resize": None, "size": 32},
             "launch": {"ranks_per_node": ranks, "hang_s": HANG_S, "grace_s": 20}}
         for key, value in changes.items():
