@@ -67,9 +67,6 @@ class Ground:
         self.runs = folder / "runs"
         self._trials: list[Trial] = []
 
-    def use(self, cluster: Callable[[], Cluster]) -> None:
-        self._cluster = cluster
-
     @property
     def cluster(self) -> Cluster:
         """A running SLURM of four nodes."""

@@ -178,7 +178,8 @@ def lost_slurmd(ground: Ground) -> Seen:
 
 def lost_controller(ground: Ground) -> Seen:
     """slurmctld, slurmdbd and the data base are down while a requeue is due."""
-    whole, trial = ground.undisturbed(), ground.submit("lost-controller", fault=SLOW)
+    whole, trial = ground.undisturbed(), ground.submit(
+        "lost-controller", fault=SLOW, launch={"grace_s": 60})  # 9 s of tries
     trial.wait_for_step(13)
     daemons = [Daemon.of(ground.cluster, name) for name in ("slurmctld", "slurmdbd", "mariadbd")]
     for daemon in daemons:
@@ -205,7 +206,8 @@ def lost_controller(ground: Ground) -> Seen:
 
 def lost_munge(ground: Ground) -> Seen:
     """munged is down for the whole time in which a requeue is tried."""
-    whole, trial = ground.undisturbed(), ground.submit("lost-munge", fault=SLOW)
+    whole, trial = ground.undisturbed(), ground.submit(
+        "lost-munge", fault=SLOW, launch={"grace_s": 60})  # 9 s of tries
     trial.wait_for_step(13)
     munged = Daemon.of(ground.cluster, "munged")
     munged.kill()
