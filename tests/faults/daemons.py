@@ -21,6 +21,7 @@ class Daemon:
     pid: int
     words: list[str]
     variables: dict[str, str]
+    ports: set[int]
     pid_file: Path
     output: Path
 
@@ -28,7 +29,7 @@ class Daemon:
     def of(cluster: Cluster, name: str) -> Daemon:
         pid = cluster.pid(name)
         process = psutil.Process(pid)
-        return Daemon(pid, process.cmdline(), process.environ(),
+        return Daemon(pid, process.cmdline(), process.environ(), _listening(pid),
                       cluster.prefix / "run" / f"{name}.pid",
                       cluster.prefix / "log" / f"{name}.out")
 
@@ -41,6 +42,7 @@ class Daemon:
             time.sleep(0.01)
 
     def revive(self) -> None:
+        """Start it again, and wait until it listens: slurmctld gives up without its slurmdbd."""
         if _runs(self.pid):
             return
         with open(self.output, "ab") as output:
@@ -50,6 +52,18 @@ class Daemon:
         self.pid = process.pid
         began = Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
         self.pid_file.write_text(f"{self.pid} {began}\n")
+        deadline = time.monotonic() + 60
+        while not self.ports <= _listening(self.pid):
+            assert _runs(self.pid) and time.monotonic() < deadline, self.words
+            time.sleep(0.05)
+
+
+def _listening(pid: int) -> set[int]:
+    try:
+        connections = psutil.Process(pid).net_connections("inet")
+    except psutil.NoSuchProcess:
+        return set()
+    return {each.laddr.port for each in connections if each.status == psutil.CONN_LISTEN}
 
 
 def _runs(pid: int) -> bool:
