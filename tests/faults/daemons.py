@@ -54,7 +54,8 @@ class Daemon:
         self.pid_file.write_text(f"{self.pid} {began}\n")
         deadline = time.monotonic() + 60
         while not self.ports <= _listening(self.pid):
-            assert _runs(self.pid) and time.monotonic() < deadline, self.words
+            assert _runs(self.pid), f"it ended: {self.words}"
+            assert time.monotonic() < deadline, self.words
             time.sleep(0.05)
 
 
