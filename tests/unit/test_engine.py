@@ -50,19 +50,26 @@ def with_torch_batch_norm(model: torch.nn.Module) -> torch.nn.Module:
 
 @pytest.mark.parametrize("mode", ["fast", "exact"])
 def test_the_gradient_is_that_of_the_mean_loss_with_a_batch_norm_per_group(mode: str) -> None:
-    """To 1%: one ReLU whose input rounds to the other side of 0 is 0.3% already."""
-    engine = engine_of(mode=mode)
-    torch.manual_seed(engine.config.seed)
-    oracle = with_torch_batch_norm(build_model("resnet20", num_classes=CLASSES)).train()
-    images, labels, _ = global_batch(engine.config, 0)
-    x = (images.permute(0, 3, 1, 2).float() / 255 - 0.45) * 4
-    for start in range(0, 32, 4):
-        logits = oracle(x[start:start + 4].contiguous())
-        (F.cross_entropy(logits, labels[start:start + 4], reduction="sum") / 32).backward()
-    expected = torch.cat([p.grad.reshape(-1) for p in oracle.parameters() if p.grad is not None])
-    train(engine, 0, 1)
-    found = engine.gradient_vector()
-    assert (found - expected).norm() / expected.norm() < 0.01
+    """To 1e-5, unless a ReLU's input rounds to the other side of 0: one such is 0.3% already.
+
+    So of several batches most agree to the rounding, and all to 1%.
+    """
+    errors = []
+    for step in range(6):
+        engine = engine_of(mode=mode)
+        torch.manual_seed(engine.config.seed)
+        oracle = with_torch_batch_norm(build_model("resnet20", num_classes=CLASSES)).train()
+        images, labels, _ = global_batch(engine.config, step)
+        x = (images.permute(0, 3, 1, 2).float() / 255 - 0.45) * 4
+        for start in range(0, 32, 4):
+            logits = oracle(x[start:start + 4].contiguous())
+            (F.cross_entropy(logits, labels[start:start + 4], reduction="sum") / 32).backward()
+        expected = torch.cat([p.grad.reshape(-1) for p in oracle.parameters()
+                              if p.grad is not None])
+        train(engine, step, step + 1)
+        errors.append(float((engine.gradient_vector() - expected).norm() / expected.norm()))
+    assert max(errors) < 0.01
+    assert sorted(errors)[2] < 1e-5
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook")
