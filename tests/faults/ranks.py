@@ -40,8 +40,7 @@ def killed_rank(ground: Ground) -> Seen:
 
 def killed_while_writing(ground: Ground) -> Seen:
     with tempfile.TemporaryDirectory(dir=ground.folder) as folder:
-        reported, torn = kill_often(Path(folder) / "run", 100, seed=random.randrange(10**6),
-                                    longest_s=0.15)
+        reported, torn = kill_often(Path(folder) / "run", 100, seed=random.randrange(10**6))
     expect(torn > 10, f"only {torn} kills hit a write")
     expect(reported > 0, "no save was ever reported")
     return Seen(f"100 kills, {torn} within a write: none unreadable, none of {reported} reported "

@@ -130,8 +130,8 @@ def test_preempted_jobs_save_and_continue(slurm, tmp_path):
 
 
 def test_the_time_limit_is_met_by_a_save_and_a_requeue(slurm, tmp_path):
-    run = SlurmRun(tmp_path / "limit", nodes=1, ranks=2, steps=900, time_minutes=1, grace_s=50)
-    run.wait_until_over(120)
+    run = SlurmRun(tmp_path / "limit", nodes=1, ranks=2, steps=2000, time_minutes=1, grace_s=50)
+    run.wait_until_over(200)
     assert run.events()[-1]["event"] == "finished"
     assert run.events("signal")[0]["why"] == "SIGUSR2"
     assert run.events("attempt")[1]["step"] == run.events("saved")[0]["step"] > 0

@@ -29,10 +29,12 @@ def write_until_killed(run: RunPaths, first: int, report: int) -> None:
             os.write(report, saved.step.to_bytes(8, "little"))
 
 
-def kill_often(root: Path, kills: int, seed: int, longest_s: float = 0.03) -> tuple[int, int]:
-    """SIGKILL `kills` writers at random moments, each within `longest_s` of its start, check after
-    each; (last step, mid-write kills)."""
-    run, draw = RunPaths(root), random.Random(seed)
+def kill_often(root: Path, kills: int, seed: int) -> tuple[int, int]:
+    """SIGKILL `kills` writers at random moments, check after each; (last step, mid-write kills).
+
+    The time they have follows what the machine needs for a checkpoint now.
+    """
+    run, draw, longest_s = RunPaths(root), random.Random(seed), 0.03
     reported, torn = 0, 0
     for _ in range(kills):
         receive, send = os.pipe()
@@ -50,6 +52,7 @@ def kill_often(root: Path, kills: int, seed: int, longest_s: float = 0.03) -> tu
         while part := os.read(receive, 1 << 16):
             heard += part
         os.close(receive)
+        longest_s = max(0.02, longest_s * (0.8 if heard else 1.3))
         if heard:
             reported = int.from_bytes(heard[-8:], "little")
         for paths in run.checkpoints_on_disk():
