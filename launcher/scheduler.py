@@ -46,8 +46,10 @@ def job_facts(job: str) -> JobFacts | None:
 def requeue(job: str, patience_s: float) -> bool:
     """Put the job, which is ours and runs, back into the queue; False when SLURM did not obey."""
     deadline, pause = time.monotonic() + patience_s, 0.5
+    # Without its controller or munge, scontrol itself waits long: a try must leave time for others.
+    try_s = min(10.0, max(1.0, 0.4 * patience_s))
     while True:
-        if ask(["scontrol", "requeue", job], 10) is not None:
+        if ask(["scontrol", "requeue", job], try_s) is not None:
             return True
         if time.monotonic() + pause > deadline:
             return False

@@ -190,7 +190,7 @@ def lost_controller(ground: Ground) -> Seen:
         at = time.time()
         os.kill(trial.events("started")[-1]["pid"], signal.SIGUSR2)
         trial.wait(lambda: trial.events("saved"), "the save")
-        time.sleep(1.5)  # at least one requeue in vain
+        trial.wait(lambda: "did not work; again in" in trial.said(), "a requeue in vain")
     finally:
         for daemon in reversed(daemons):
             daemon.revive()
