@@ -16,6 +16,9 @@ from launcher.freeze import find_run
 from launcher.status import RunStatus, statuses
 from resnet_dist.paths import RunPaths
 
+_REFRESH_S = 2.0
+_SILENT_S = 60.0
+
 
 def show_status(console: Console, run: str | None, runs: Path, *, watch: bool,
                 as_json: bool) -> int:
@@ -50,13 +53,21 @@ def find_runs(runs: Path) -> list[RunPaths]:
 
 
 def _watch(console: Console, current: Any) -> list[RunStatus]:
-    """Refresh until every run is over, or until Ctrl-C."""
+    """Refresh until every run and what was queued behind it is over, or until Ctrl-C.
+
+    Of evaluations SLURM alone knows whether they are still to come: when it has been silent for
+    `_SILENT_S`, nobody waits for them any longer.
+    """
     found, note = current()
+    heard = time.monotonic()
     try:
         with Live(_show(console, found, note), console=console, auto_refresh=False) as live:
-            while not all(status.over for status in found):
-                time.sleep(2)
+            while not all(status.over for status in found) or (
+                    any(status.evaluations for status in found)
+                    and time.monotonic() < heard + _SILENT_S):
+                time.sleep(_REFRESH_S)
                 found, note = current()
+                heard = heard if note else time.monotonic()
                 live.update(_show(console, found, note), refresh=True)
     except KeyboardInterrupt:
         pass

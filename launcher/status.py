@@ -24,7 +24,7 @@ from resnet_dist.paths import RunPaths
 _TAIL_BYTES = 65_536
 _SILENT_START_S = 120.0
 _FAILED_STATES = ("FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE",
-                  "COMPLETED")
+                  "PREEMPTED", "COMPLETED")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class RunStatus:
     redone_steps: int = 0
     worker_pids: tuple[int, ...] = ()  # of the current attempt on the leading node, by rank
     after: tuple[str, ...] = ()  # jobs that must end well before this run starts
-    evaluations: dict[str, str] = dataclasses.field(default_factory=dict)  # open: job -> protocol
+    # Queued behind the run and still to come: job -> protocol. SLURM strikes out those it has lost.
+    evaluations: dict[str, str] = dataclasses.field(default_factory=dict)
     events: tuple[Event, ...] = dataclasses.field(default=(), repr=False)
 
     @property
@@ -168,15 +169,31 @@ def _scan(text: bytes, found: dict[str, dict[str, Any]]) -> None:
 def statuses(runs: Sequence[RunPaths]) -> tuple[list[RunStatus], str]:
     """All runs, newest event first, and a note where SLURM should have been asked in vain."""
     found = [run_status(run) for run in runs]
-    asked = {job for status in found if status.where == "slurm" for job in
-             ((*status.after, status.job) if not status.over else tuple(status.evaluations)) if job}
+    asked = {job for status in found for job in _asked_for(status)}
     queue = queue_states(asked)
     note = "" if queue is not None else "SLURM does not answer; this is what the files say"
-    if queue:
+    if queue is not None:
+        # A job that has ended wrote its last words before, but maybe after its files were read.
+        found = [run_status(run) if any(_ended(queue, job) for job in _asked_for(status))
+                 else status for run, status in zip(runs, found, strict=True)]
         found = [with_queue(status, queue.get(status.job), queue)
                  if status.where == "slurm" else status for status in found]
     found.sort(key=lambda status: status.events[-1]["time"] if status.events else 0, reverse=True)
     return found, note
+
+
+def _asked_for(status: RunStatus) -> list[str]:
+    """The jobs on which a run's state hangs, where SLURM knows them."""
+    if status.where != "slurm":
+        return []
+    jobs = status.evaluations if status.over else (*status.after, status.job)
+    return [job for job in jobs if job]
+
+
+def _ended(queue: Mapping[str, Queued], job: str) -> bool:
+    """Whether nothing more is to be expected of a job; one that SLURM has forgotten, too."""
+    state = queue[job].state if job in queue else ""
+    return not state or state.startswith("CANCELLED") or state in _FAILED_STATES
 
 
 def with_queue(status: RunStatus, queued: Queued | None,
@@ -222,16 +239,25 @@ def _lost_before(status: RunStatus, others: Mapping[str, Queued]) -> str:
 
 
 def _with_evaluations(status: RunStatus, others: Mapping[str, Queued]) -> RunStatus:
-    """A run that is over, and what became of evaluations that did not tell themselves."""
+    """A run that is over: the evaluations still to come, and what became of those without a word.
+
+    Of a run that did not finish there was nothing to evaluate: its own cause says enough.
+    """
+    coming, told = {}, [status.cause] if status.cause else []
     for job, protocol in status.evaluations.items():
-        state = others[job].state if job in others else ""
-        if state.startswith("CANCELLED") or state in _FAILED_STATES:
-            return dataclasses.replace(
-                status, cause=status.cause or f"evaluation {protocol}: job {job} ended as {state}")
-        if state:
-            return dataclasses.replace(
-                status, cause=status.cause or f"evaluation {protocol}: job {job} {state.lower()}")
-    return status
+        queued = others.get(job, Queued("", "", ""))
+        if queued.reason == "DependencyNeverSatisfied":  # left in the queue by some clusters
+            end = "can never start"
+        elif not _ended(others, job):
+            coming[job] = protocol
+            end = queued.state.lower()
+        elif queued.state:
+            end = f"ended as {queued.state}"
+        else:
+            end = "is not known to SLURM and left no result"
+        if job in coming or status.state == "finished":
+            told.append(f"evaluation {protocol}: job {job} {end}")
+    return dataclasses.replace(status, evaluations=coming, cause="; ".join(told))
 
 
 def _logs(status: RunStatus) -> str:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ from launcher.incarnation import decide
 from launcher.sbatch import sbatch_parameters
 from launcher.scheduler import JobFacts, Queued
 from launcher.show import duration, show_status
-from launcher.status import RunStatus, run_status, with_queue
+from launcher.status import RunStatus, run_status, statuses, with_queue
 from launcher.submit import prepare, submit
 from launcher.workers import last_error
 from resnet_dist.config import ConfigError, config_from_dict, load_frozen
@@ -227,6 +228,105 @@ def test_an_evaluation_that_failed_is_told_at_its_run(tmp_path):
     assert run_status(run).cause == "evaluation 1crop: DataError: shard 3"
     record(run, "evaluated", protocol="1crop", top1=97.0)
     assert run_status(run).evaluations == {}
+
+
+def test_what_a_job_wrote_while_slurm_was_asked_is_not_taken_for_a_failure(tmp_path, monkeypatch):
+    """SLURM says COMPLETED of a run whose files were read a moment before its last words."""
+    run = trained(tmp_path / "run")
+
+    def ended(jobs, timeout_s=5):
+        record(run, "finished", cause="", step=1000)
+        return {"77": Queued("COMPLETED", "", "")}
+
+    monkeypatch.setattr("launcher.status.queue_states", ended)
+    (status,), _ = statuses([run])
+    assert (status.state, status.cause) == ("finished", "")
+
+
+@pytest.fixture
+def watched(tmp_path, monkeypatch):
+    """Watch a finished run with an evaluation in the queue; `says` is what SLURM says, in turn."""
+    waiting(tmp_path / "run")
+    run = RunPaths(tmp_path / "run")
+    record(run, "finished", cause="", step=60)
+
+    def watch(says, name=None):
+        turns = iter(says)
+        asked = []
+
+        def queue(jobs, timeout_s=5):
+            asked.append(sorted(jobs))
+            turn = next(turns)
+            return turn() if callable(turn) else turn
+
+        monkeypatch.setattr("launcher.status.queue_states", queue)
+        monkeypatch.setattr("launcher.show._REFRESH_S", 0.0)
+        text = io.StringIO()
+        assert show_status(Console(file=text, width=120), name, tmp_path, watch=True,
+                           as_json=False) == 0
+        assert next(turns, None) is None, "it ended too early"
+        return text.getvalue(), asked
+
+    return run, watch
+
+
+@pytest.mark.parametrize("name", [None, "run"])
+def test_watch_goes_on_until_the_evaluation_behind_the_run_has_told(watched, name):
+    run, watch = watched
+
+    def evaluated():
+        record(run, "evaluated", protocol="1crop", top1=97.0)
+        return {"10": Queued("COMPLETED", "", "")}
+
+    shown, asked = watch([{"10": Queued("PENDING", "Dependency", "")},
+                          {"10": Queued("PENDING", "Priority", "")},
+                          {"10": Queued("RUNNING", "", "n1")},
+                          None,  # the controller is restarted
+                          {"10": Queued("COMPLETING", "", "n1")}, evaluated], name)
+    assert asked == [["10"]] * 6
+    assert "evaluation" not in shown.split("submitted")[0], "told its result, so nothing to add"
+    assert "SLURM does not answer" not in shown
+    assert ("evaluated" in shown) == (name is not None), "its history is one run's detail"
+
+
+@pytest.mark.parametrize(("last", "told"), [
+    ({"10": Queued("CANCELLED by 0", "", "")}, "job 10 ended as CANCELLED by 0"),
+    ({"10": Queued("NODE_FAIL", "", "")}, "job 10 ended as NODE_FAIL"),
+    ({"10": Queued("PENDING", "DependencyNeverSatisfied", "")}, "job 10 can never start"),
+    ({}, "job 10 is not known to SLURM and left no result")])
+def test_watch_never_waits_for_an_evaluation_that_is_lost(watched, last, told):
+    _, watch = watched
+    shown, _ = watch([{"10": Queued("PENDING", "Priority", "")}, last])
+    assert f"run: evaluation 1crop: {told}" in shown
+
+
+def test_watch_does_not_wait_for_evaluations_while_slurm_is_silent_for_long(watched, monkeypatch):
+    _, watch = watched
+    clock = iter(range(0, 1000, 25))
+    monkeypatch.setattr("launcher.show.time", types.SimpleNamespace(
+        monotonic=lambda: next(clock), sleep=lambda seconds: None))
+    shown, _ = watch([{"10": Queued("PENDING", "Priority", "")}, None, None, None])
+    assert "SLURM does not answer" in shown
+
+
+def test_all_evaluations_of_a_run_are_told(tmp_path):
+    waiting(tmp_path / "run")
+    run = RunPaths(tmp_path / "run")
+    record(run, "evaluation queued", protocol="10crop", eval_job="11")
+    record(run, "finished", cause="", step=60)
+    told = with_queue(run_status(run), None, {"10": Queued("FAILED", "", ""),
+                                              "11": Queued("PENDING", "Priority", "")})
+    assert told.evaluations == {"11": "10crop"}
+    assert told.cause == ("evaluation 1crop: job 10 ended as FAILED; "
+                          "evaluation 10crop: job 11 pending")
+
+
+def test_a_failed_runs_cause_is_not_burdened_with_its_cancelled_evaluation(tmp_path):
+    waiting(tmp_path / "run")
+    run = RunPaths(tmp_path / "run")
+    record(run, "failed", cause="data.path = x: gone", step=0)
+    told = with_queue(run_status(run), None, {"10": Queued("CANCELLED", "", "")})
+    assert (told.cause, told.evaluations) == ("data.path = x: gone", {})
 
 
 def test_five_hundred_runs_in_two_seconds_without_slurm(tmp_path, monkeypatch):
