@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -16,11 +17,13 @@ import typer
 from rich.console import Console
 
 from launcher import completion
+from launcher.help import Verb, Verbs
 
 app = typer.Typer(
-    name="resnet-dist", no_args_is_help=True, add_completion=True, rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
+    name="resnet-dist", cls=Verbs, no_args_is_help=True, add_completion=True,
+    rich_markup_mode="markdown", pretty_exceptions_enable=False,
     help="Train residual networks on SLURM or on one machine.")
+verb = partial(app.command, cls=Verb)
 console = Console()
 errors = Console(stderr=True)
 
@@ -37,7 +40,7 @@ Allow = Annotated[str, typer.Option("--allow", metavar="KIND[,KIND]", help=(
 Json = Annotated[bool, typer.Option("--json", help="print JSON for a script")]
 
 
-@app.command()
+@verb()
 def convert(
     source: Annotated[str, typer.Argument(help="class-folder tree, tar of one, or `digits`")],
     dst: Annotated[Path, typer.Argument(help="data set directory to write")],
@@ -67,7 +70,7 @@ def convert(
     console.print(f"[green]done[/]  {dst}: {counts} images in {manifest.num_classes} classes")
 
 
-@app.command()
+@verb()
 def verify(
     dst: Annotated[Path, typer.Argument(help="data set directory")],
     deep: Annotated[bool, typer.Option("--deep", help="decode every image")] = False,
@@ -90,7 +93,7 @@ def verify(
     raise typer.Exit(1 if report.problems else 0)
 
 
-@app.command()
+@verb()
 def submit(
     config: Recipe,
     options: Overrides = None,
@@ -144,7 +147,7 @@ def submit(
         campaign.show(console, submitted)
 
 
-@app.command()
+@verb()
 def train(
     config: Recipe,
     options: Overrides = None,
@@ -165,12 +168,13 @@ def _words(text: str) -> list[str]:
     return [word for word in text.split(",") if word]
 
 
-@app.command()
+@verb()
 def status(
     run: Annotated[str | None, typer.Argument(
         metavar="[RUN]", help="one run in detail",
         autocompletion=completion.run_names)] = None,
-    watch: Annotated[bool, typer.Option("--watch", help="refresh until it ends")] = False,
+    watch: Annotated[bool, typer.Option(
+        "--watch", help="refresh until it, and evaluations queued behind it, have ended")] = False,
     runs: Runs = "runs",
     as_json: Json = False,
 ) -> None:
@@ -183,7 +187,7 @@ def status(
     raise typer.Exit(show_status(console, run, Path(runs), watch=watch, as_json=as_json))
 
 
-@app.command()
+@verb()
 def logs(
     run: Run,
     rank: Annotated[list[int] | None, typer.Option("--rank", help="only this; repeatable")] = None,
@@ -207,7 +211,7 @@ def logs(
                follow=follow, as_json=as_json)
 
 
-@app.command()
+@verb()
 def compare(
     first: Run,
     others: Annotated[list[str], typer.Argument(
@@ -228,7 +232,7 @@ def compare(
                  as_json=as_json)
 
 
-@app.command()
+@verb()
 def stop(
     run: Run,
     now: Annotated[bool, typer.Option("--now", help="kill without a checkpoint")] = False,
@@ -249,7 +253,7 @@ def stop(
         console.print(done, highlight=False, soft_wrap=True)
 
 
-@app.command()
+@verb()
 def resume(run: Run, options: Overrides = None,
            local: Annotated[bool, typer.Option("--local", help="run here")] = False,
            code: Annotated[str, typer.Option(
@@ -272,7 +276,7 @@ def resume(run: Run, options: Overrides = None,
         console.print(f"[green]resumed[/]  job {job}", highlight=False)
 
 
-@app.command("eval")
+@verb("eval")
 def evaluate(
     run: Run,
     step: Annotated[int | None, typer.Option("--step", help="checkpoint; default newest")] = None,
@@ -319,7 +323,7 @@ def evaluate(
         f"report  {result['report']}", highlight=False, soft_wrap=True)
 
 
-@app.command()
+@verb()
 def tensorboard(
     names: Annotated[list[str] | None, typer.Argument(
         metavar="[RUN ...]", autocompletion=completion.run_names)] = None,
@@ -337,7 +341,7 @@ def tensorboard(
     raise typer.Exit(run_tensorboard(console, names or [], runs, port, everyone=everyone))
 
 
-@app.command()
+@verb()
 def export(
     run: Run,
     form: Annotated[str, typer.Option("--format", help="torchvision, timm, safetensors or onnx")],
@@ -360,7 +364,7 @@ def export(
                       soft_wrap=True)
 
 
-@app.command()
+@verb()
 def doctor(
     options: Annotated[list[str] | None, typer.Argument(
         metavar="[key=value ...]", help="with --slurm: settings of the job, e.g. launch.nodes=2",
@@ -386,11 +390,13 @@ def doctor(
                                  as_json=as_json))
 
 
-bench = typer.Typer(no_args_is_help=True, help="Measure, side by side with the usual choice.")
+bench = typer.Typer(cls=Verbs, no_args_is_help=True,
+                    help="Measure, side by side with the usual choice.")
 app.add_typer(bench, name="bench")
+measure = partial(bench.command, cls=Verb)
 
 
-@bench.command("convert")
+@measure("convert")
 def bench_convert(
     source: Annotated[str, typer.Argument(help="images, repeated to --images")],
     images: Annotated[int, typer.Option("--images")] = 5000,
@@ -409,7 +415,7 @@ def bench_convert(
                         as_json=as_json)
 
 
-@bench.command("loader")
+@measure("loader")
 def bench_loader(
     dataset: Annotated[Path, typer.Argument(help="data set directory with JPEG shards")],
     size: Annotated[int, typer.Option("--size", help="pixels")] = 224,
@@ -429,13 +435,13 @@ def bench_loader(
                          images=images, sheet=sheet, as_json=as_json)
 
 
-@bench.command("step")
+@measure("step")
 def bench_step(
     model: Annotated[str, typer.Option("--model")] = "resnet50",
     batch: Annotated[int, typer.Option("--batch", help="images of one step")] = 32,
     bn_batch: Annotated[int, typer.Option("--bn-batch", help="ours: images a BatchNorm")] = 32,
     size: Annotated[int, typer.Option("--size", help="pixels")] = 224,
-    precision: Annotated[str, typer.Option("--precision", help="bf16, fp16 or fp32")] = "bf16",
+    precision: Annotated[str, typer.Option("--precision", help="bf16, fp16, fp32; auto")] = "auto",
     rounds: Annotated[int, typer.Option("--rounds")] = 5,
     steps: Annotated[int, typer.Option("--steps", help="of one competitor in one round")] = 3,
     as_json: Json = False,
@@ -451,11 +457,11 @@ def bench_step(
                                 "--rounds", str(rounds), "--steps", str(steps)], as_json=as_json)
 
 
-@bench.command("kernels")
+@measure("kernels")
 def bench_kernels(
     batch: Annotated[int, typer.Option("--batch")] = 32,
     bn_batch: Annotated[int, typer.Option("--bn-batch")] = 32,
-    precision: Annotated[str, typer.Option("--precision", help="bf16, fp16 or fp32")] = "bf16",
+    precision: Annotated[str, typer.Option("--precision", help="bf16, fp16, fp32; auto")] = "auto",
     rounds: Annotated[int, typer.Option("--rounds")] = 5,
     compiled: Annotated[bool, typer.Option("--compiled", help="torch.compile, too")] = False,
     as_json: Json = False,
@@ -468,7 +474,7 @@ def bench_kernels(
                                    *(["--compiled"] if compiled else [])], as_json=as_json)
 
 
-@bench.command("scaling")
+@measure("scaling")
 def bench_scaling(
     plan: Annotated[bool, typer.Option("--plan", help="8 to 4,096 GPUs; measures nothing")] = False,
     worlds: Annotated[str, typer.Option("--worlds", help="ranks to fit the model to")] = "1,2,4",
@@ -485,7 +491,7 @@ def bench_scaling(
                  planned=plan, as_json=as_json)
 
 
-@bench.command("save")
+@measure("save")
 def bench_save(
     model: Annotated[str, typer.Option("--model")] = "resnet50",
     size: Annotated[int, typer.Option("--size", help="pixels of the made-up images")] = 64,
