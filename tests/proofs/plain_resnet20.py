@@ -5,13 +5,15 @@
 An independent reading of the same recipe on the same files, to compare accuracies with: batch 128,
 BatchNorm over 64 images (two GPUs), SGD 0.1 with momentum 0.9 and decay 1e-4 on everything, rate
 divided by 10 at half and three quarters, 4-pixel padding, random crop and flip, per-pixel mean,
-shortcuts of option A. Its state is saved every 1,000 steps; the same command goes on.
+shortcuts of option A. About 2.8 hours on 2 cores. Its state is saved every 1,000 steps; the same
+command goes on, and once it has finished, prints all errors again.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import os
 import tarfile
 import time
 from pathlib import Path
@@ -113,12 +115,13 @@ def main() -> None:
     torch.manual_seed(asked.seed)
     net = resnet(asked.blocks).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
-    step, spent_s = 0, 0.0
+    step, spent_s, said = 0, 0.0, []
     if asked.state.exists():
         saved = torch.load(asked.state, weights_only=True)
         net.load_state_dict(saved["net"])
         optimizer.load_state_dict(saved["optimizer"])
-        step, spent_s = saved["step"], saved["spent_s"]
+        step, spent_s, said = saved["step"], saved["spent_s"], saved["said"]
+        print(*said, sep="\n", flush=True)
     began = time.monotonic()
     while step < asked.steps:
         epoch, batch = divmod(step * 128, len(train))
@@ -140,10 +143,12 @@ def main() -> None:
         step += 1
         if step % 1000 == 0 or step == asked.steps:
             spent = spent_s + time.monotonic() - began
-            torch.save({"net": net.state_dict(), "optimizer": optimizer.state_dict(),
-                        "step": step, "spent_s": spent}, asked.state)
-            print(f"step {step}: test error {test_error(net, test, data['test'][1]):.2f}%, "
-                  f"{step * 128 / spent:.0f} images/s", flush=True)
+            said.append(f"step {step}: test error {test_error(net, test, data['test'][1]):.2f}%, "
+                        f"{step * 128 / spent:.0f} images/s")
+            print(said[-1], flush=True)
+            torch.save({"net": net.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+                        "spent_s": spent, "said": said}, f"{asked.state}.new")
+            os.replace(f"{asked.state}.new", asked.state)
 
 
 if __name__ == "__main__":
