@@ -45,7 +45,7 @@ def _decayed(gradients: list[Tensor], parameters: list[Tensor], decay: float) ->
 class CaffeSGD(_PerParameter):
     """v = m v + lr (g + decay w), w -= v: the rate is part of the momentum.
 
-    Source: Goyal et al. 2017, sec. 3, equation (9).
+    Source: Goyal et al. 2017, sec. 3, equation (10), without their correction of the momentum.
     """
 
     def __init__(self, params: Any, lr: float, momentum: float, weight_decay: float = 0.0) -> None:
