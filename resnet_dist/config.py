@@ -250,7 +250,8 @@ class Config(Section):
     mode: Literal["fast", "exact"] = "fast"
     engine: Literal["ddp", "deepspeed"] = "ddp"
     # Of convolutions and matrix products; weights and optimizer are float32 throughout.
-    precision: Literal["bf16", "fp16", "tf32", "fp32"] = "bf16"
+    # auto: bf16 where the device has instructions for it; see precision.py.
+    precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = "auto"
     gradient_dtype: Literal["fp32", "bf16"] = "fp32"  # in which ranks exchange gradients
     # Replay forward and backward as one CUDA graph: for GPUs with few images each.
     cuda_graphs: bool = False

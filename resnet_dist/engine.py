@@ -27,6 +27,7 @@ from resnet_dist.engine_graph import CudaRecorder, RecordedStep
 from resnet_dist.losses import Targets
 from resnet_dist.models import norm
 from resnet_dist.models.keyed import set_sample_keys
+from resnet_dist.precision import precision_of
 
 
 def make_engine(model: nn.Module, config: Config, world: World,
@@ -52,7 +53,8 @@ class DDPEngine(Engine):
         self._trained = list(self._parameters.values())
         # Off unless fp16. torch's fused optimizers take the overflow flag on the device, so sgd and
         # adamw do not wait for it; the others read it once a step.
-        self._scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16")
+        scaled = precision_of(config, world.device) == "fp16"
+        self._scaler = torch.amp.GradScaler(world.device.type, enabled=scaled)
         self._recorded: RecordedStep | None = None
         if config.cuda_graphs:
             self._recorded = RecordedStep(self._share_gradients, CudaRecorder())

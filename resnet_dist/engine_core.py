@@ -35,14 +35,12 @@ from resnet_dist.distributed import (
 from resnet_dist.losses import Targets
 from resnet_dist.models import norm
 from resnet_dist.models.keyed import set_sample_keys
+from resnet_dist.precision import autocast_dtype
 from resnet_dist.transfer import copy_into, to_host
 
 Normalization = tuple[np.ndarray, np.ndarray]
 # Normalised float32 images [n, 3, S, S] and labels [n] of a rank's share -> the same, mixed.
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Targets]]
-
-AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 CPU_IMAGES_PER_FORWARD = 64  # more is no faster on a CPU and costs memory: ResNet-50, 0.1 GB each
 
@@ -113,7 +111,7 @@ class Engine:
         """
         device = self.world.device
         # What is mixed is mixed in float32; what is not is rounded at once, not by autocast.
-        dtype = None if mix is not None else AUTOCAST_DTYPES.get(self.config.precision)
+        dtype = None if mix is not None else autocast_dtype(self.config, device)
         x = self.normalize(images.to(device, non_blocking=True), dtype or torch.float32)
         labels = labels.to(device, non_blocking=True)
         keys = None if sample_keys is None else sample_keys.to(device, non_blocking=True)
@@ -162,7 +160,7 @@ class Engine:
 
     def autocast(self) -> torch.autocast:
         """Convolutions and matrix products in bf16 or fp16 where the precision says so."""
-        dtype = AUTOCAST_DTYPES.get(self.config.precision)
+        dtype = autocast_dtype(self.config, self.world.device)
         return torch.autocast(self.world.device.type, dtype=dtype or torch.bfloat16,
                               enabled=dtype is not None)
 

@@ -24,14 +24,9 @@ from torch import Tensor, nn
 from resnet_dist import optim
 from resnet_dist.config import Config
 from resnet_dist.distributed import World, gather_rows
-from resnet_dist.engine_core import (
-    AUTOCAST_DTYPES,
-    Engine,
-    Normalization,
-    euclidean,
-    images_per_forward,
-)
+from resnet_dist.engine_core import Engine, Normalization, euclidean, images_per_forward
 from resnet_dist.losses import Targets
+from resnet_dist.precision import autocast_dtype
 
 
 class DeepSpeedEngine(Engine):
@@ -204,7 +199,7 @@ def deepspeed_config(config: Config, world: World) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
     }
-    dtype = AUTOCAST_DTYPES.get(config.precision)
+    dtype = autocast_dtype(config, world.device)
     if dtype is not None:
         settings["torch_autocast"] = {"enabled": True, "dtype": str(dtype).removeprefix("torch."),
                                       "lower_precision_safe_modules": []}

@@ -36,11 +36,11 @@ from resnet_dist.config import (
 from resnet_dist.data.loader import DataError
 from resnet_dist.data.manifest import Manifest, check_dataset, load_manifest
 from resnet_dist.distributed import World, broadcast_int, init_world, shutdown
-from resnet_dist.engine_core import AUTOCAST_DTYPES
 from resnet_dist.evaluate import Member, predict
 from resnet_dist.judge import Outcomes, figures, log_report, write_report
 from resnet_dist.models.responses import layer_responses, log_responses, write_responses
 from resnet_dist.paths import RunPaths
+from resnet_dist.precision import autocast_dtype
 
 RESPONSE_IMAGES = 2000  # enough for a standard deviation over every position of every image
 
@@ -174,7 +174,7 @@ def _member(loaded: Loaded, shown: Config, world: World) -> Member:
                      for part in normalization_of(config, own))
     # The very operations of training, so that the figures of a checkpoint are equal to the bit.
     shift, scale = -mean * inverse, inverse / 255
-    dtype = AUTOCAST_DTYPES.get(config.precision)
+    dtype = autocast_dtype(config, world.device)
 
     def prepare(images: Tensor) -> Tensor:
         x = images.permute(0, 3, 1, 2).to(torch.float32)

@@ -35,6 +35,7 @@ from resnet_dist.build import (
 from resnet_dist.checkpoint import (
     CheckpointError,
     CheckpointWriter,
+    EngineState,
     Saved,
     clean,
     discard_given_up,
@@ -59,6 +60,7 @@ from resnet_dist.metrics import Metrics
 from resnet_dist.optim import Observed, lr_at
 from resnet_dist.panels import FirstImages, Panels
 from resnet_dist.paths import RunPaths
+from resnet_dist.precision import settled
 from resnet_dist.preemption import SignalFlag
 from resnet_dist.rollback import Rollback, eased, read_rollbacks
 from resnet_dist.rules import world_problems
@@ -80,11 +82,18 @@ def train(run: RunPaths, config: Config, world: World, signals: SignalFlag) -> i
     Raises: Diverged, DataError, CheckpointError, ConfigError.
     """
     manifest = check_dataset(config)
-    build = model_of if run.checkpoints_on_disk() else fresh_model
+    rollbacks = read_rollbacks(run)
+    step, state, before = newest(run, world, rollbacks)
+    config = settled(config, world, before)
+    build = model_of if state else fresh_model
     engine = make_engine(build(config, manifest), config, world,
                          normalization_of(config, manifest))
-    rollbacks = read_rollbacks(run)
-    step, seen, due = restore(run, engine, world, rollbacks)
+    seen, due = Observed(), False
+    if state and before:
+        engine.load(state)
+        seen = Observed.from_meta(before["observed"])
+        due = before.get("evaluation_due", False)
+    del state
     resumed, pending = step, due
     metrics = Metrics(run, step) if world.rank == 0 else None
     writer = checkpoint_writer(run, config) if world.rank == 0 else None
@@ -93,8 +102,8 @@ def train(run: RunPaths, config: Config, world: World, signals: SignalFlag) -> i
     note = f"resumed at step {step}" if step else "started"
     if rollbacks and step <= rollbacks[-1].diverged_at:
         note += f", back from a divergence at step {rollbacks[-1].diverged_at}"
-    log.info("%s: %d ranks, %d steps of %d images", note, world.size, config.steps,
-             config.batch_size)
+    log.info("%s: %d ranks, %d steps of %d images in %s", note, world.size, config.steps,
+             config.batch_size, config.precision)
     if metrics:
         introduce(metrics, run, config, step, f"{note} on {world.size} ranks")
 
@@ -172,11 +181,10 @@ def train(run: RunPaths, config: Config, world: World, signals: SignalFlag) -> i
     return FINISHED
 
 
-def restore(run: RunPaths, engine: Engine, world: World,
-            rollbacks: Sequence[Rollback]) -> tuple[int, Observed, bool]:
-    """Load the newest valid checkpoint, where there is one.
+def newest(run: RunPaths, world: World, rollbacks: Sequence[Rollback]
+           ) -> tuple[int, EngineState | None, dict[str, Any] | None]:
+    """Step, state and meta of the newest valid checkpoint; (0, None, None) where there is none.
 
-    Returns: its step, what was seen until then, and whether the evaluation at it is still due.
     Rank 0 chooses; every rank reads and hashes what it loads. Collective. Raises: CheckpointError.
     """
     step = 0
@@ -187,10 +195,8 @@ def restore(run: RunPaths, engine: Engine, world: World,
         discard_given_up(run, rollbacks)
     step = broadcast_int(step, world)
     if not step:
-        return 0, Observed(), False
-    state, meta = load(run.checkpoint(step))
-    engine.load(state)
-    return step, Observed.from_meta(meta["observed"]), meta.get("evaluation_due", False)
+        return 0, None, None
+    return step, *load(run.checkpoint(step))
 
 
 def further(batches: Iterator[Batch], count: int,

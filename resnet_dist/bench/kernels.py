@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from resnet_dist import kernels
-from resnet_dist.bench.step import ceilings, device_name, wait_for
+from resnet_dist.bench.step import ceilings, device_name, the_device, wait_for
 from resnet_dist.kernels import reference
+from resnet_dist.precision import native
 
 # Channels and side of ResNet-50's activations by stage, as its BatchNorms see them.
 SHAPES = ((64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7),
@@ -86,7 +87,7 @@ def cases(batch: int, bn_batch: int, dtype: torch.dtype,
 
 def bench_kernels(args: argparse.Namespace, progress: Callable[[str], None]) -> dict[str, Any]:
     """Milliseconds of forward and backward, medians of alternating rounds, and bytes/s."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = the_device()
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.precision]
     torch.manual_seed(0)
     copy, _ = ceilings(args.precision, torch.get_num_threads())
@@ -121,11 +122,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Each kernel beside its plain meaning.")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--bn-batch", type=int, default=32)
-    parser.add_argument("--precision", default="bf16", choices=["bf16", "fp16", "fp32"])
+    parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compiled", action="store_true",
                         help="also the plain meaning through torch.compile")
     args = parser.parse_args()
+    if args.precision == "auto":
+        args.precision = native(the_device())
     if torch.cuda.is_available():
         from resnet_dist.config import config_from_dict
         from resnet_dist.distributed import init_world

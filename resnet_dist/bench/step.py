@@ -28,9 +28,9 @@ from resnet_dist.bench.traffic import floor_s, step_kernels, totals
 from resnet_dist.config import config_from_dict
 from resnet_dist.distributed import init_world
 from resnet_dist.engine import make_engine
-from resnet_dist.engine_core import AUTOCAST_DTYPES
 from resnet_dist.models import build_model
 from resnet_dist.models.norm import GhostBatchNorm2d
+from resnet_dist.precision import AUTOCAST_DTYPES, native
 
 COMPETITORS = {
     "ours": "this project's step",
@@ -84,7 +84,7 @@ def bench_step(args: argparse.Namespace, progress: Callable[[str], None]) -> dic
 
 def ceilings(precision: str, threads: int) -> tuple[float, float]:
     """Measured bytes/s of a large copy (read and write) and FLOP/s of a large matrix product."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = the_device()
     torch.set_num_threads(threads)
     count, side = (2**28, 8192) if device.type == "cuda" else (2**26, 2048)
     dtype = AUTOCAST_DTYPES.get(precision, torch.float32)
@@ -103,6 +103,10 @@ def ceilings(precision: str, threads: int) -> tuple[float, float]:
 
     return (2 * 4 * count / best_s(lambda: target.copy_(source)),
             2 * side**3 / best_s(lambda: a @ b))
+
+
+def the_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def wait_for(device: torch.device) -> None:
@@ -126,7 +130,7 @@ def classes(size: int) -> int:
 
 def _serve(name: str, settings: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = the_device()
     batch, size = settings["batch"], settings["size"]
     images = torch.randint(256, (batch, size, size, 3), dtype=torch.uint8)
     labels = torch.randint(classes(size), (batch,))
@@ -226,12 +230,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--bn-batch", type=int, default=32)
     parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--precision", default="auto")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--without", action="append", default=[], choices=list(COMPETITORS))
     args = parser.parse_args()
+    if args.precision == "auto":
+        args.precision = native(the_device())
     result = bench_step(args, lambda line: print(line, file=sys.stderr))  # noqa: T201
     sys.stdout.write(json.dumps(result, indent=1) + "\n")
 

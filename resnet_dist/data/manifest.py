@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import xxhash
 from pydantic import Field, TypeAdapter, ValidationError
 
 from resnet_dist.config import Config, ConfigError, Section
@@ -30,7 +29,7 @@ class Shard(Section):
     samples: Annotated[int, Field(ge=1)]
     bytes: Annotated[int, Field(ge=1)]
     sha256: Sha256
-    # `index_digest` of the shard; None in data sets written before it was recorded.
+    # `digest.index_digest` of the shard; None in data sets written before it was recorded.
     index_xxh3: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")] | None = None
 
 
@@ -92,15 +91,6 @@ def load_manifest(root: Path | str) -> Manifest:
             raise ConfigError(f"data.path = {root}: dataset.json is damaged (split {name!r} "
                               "does not add up); convert again")
     return manifest
-
-
-def index_digest(head: bytes, table: bytes) -> str:
-    """XXH3-64 of what a shard says about its samples, labels included: cheap to check when opening.
-
-    `head` is the file up to the end of the metadata, `table` its allocation table. The images have
-    digests of their own.
-    """
-    return xxhash.xxh3_64_hexdigest(head + table)
 
 
 def dump_manifest(manifest: Manifest) -> str:

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from resnet_dist.data.digest import index_digest
 from resnet_dist.data.ffcv_types import (
     ALLOC_TABLE_TYPE,
     CURRENT_VERSION,
@@ -31,7 +32,7 @@ from resnet_dist.data.ffcv_types import (
     FieldDescType,
     HeaderType,
 )
-from resnet_dist.data.manifest import Manifest, Shard, index_digest, load_manifest
+from resnet_dist.data.manifest import Manifest, Shard, load_manifest
 from resnet_dist.data.native import JPEG, RAW
 
 _MIN_PAGE = 1 << 21  # FFCV's smallest page

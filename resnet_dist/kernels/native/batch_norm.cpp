@@ -16,22 +16,31 @@
 #define EXPORT extern "C" __attribute__((visibility("default")))
 #define ALWAYS __attribute__((always_inline))
 #define INLINE static inline ALWAYS
-// One copy of a hot loop for each level of x86-64; the loader picks when it runs.
-#define LEVELS __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+// One copy of a hot loop for each level of x86-64, whose vectors it fills exactly: the compiler
+// splits wider ones through memory, which cost half of the speed. The bits do not depend on the
+// width, only on whether the level multiplies and adds in one operation (v3 and v4 do).
+#define V4 __attribute__((target("arch=x86-64-v4")))
+#define V3 __attribute__((target("arch=x86-64-v3")))
 
 namespace {
 
-constexpr int WIDTH = 16;             // channels that are computed side by side
 constexpr int64_t CHUNK_ROWS = 128;   // at least; a chunk is one unit of parallel work
 constexpr int64_t MAX_CHUNKS = 64;    // of a group
 constexpr int64_t TILE_VALUES = 2048; // rows x channels: four tensors of them stay in the first cache
 
-typedef float Floats __attribute__((vector_size(WIDTH * 4)));
-typedef int32_t Ints __attribute__((vector_size(WIDTH * 4)));
-typedef uint32_t Words __attribute__((vector_size(WIDTH * 4)));
-typedef uint16_t Halves __attribute__((vector_size(WIDTH * 2)));
-
 struct Bf16 { uint16_t bits; };
+
+// W channels side by side.
+template <int W> struct Vectors {
+    typedef float Floats __attribute__((vector_size(W * 4)));
+    typedef int32_t Ints __attribute__((vector_size(W * 4)));
+    typedef uint32_t Words __attribute__((vector_size(W * 4)));
+    typedef uint16_t Halves __attribute__((vector_size(W * 2)));
+};
+template <int W> using Floats = typename Vectors<W>::Floats;
+template <int W> using Ints = typename Vectors<W>::Ints;
+template <int W> using Words = typename Vectors<W>::Words;
+template <int W> using Halves = typename Vectors<W>::Halves;
 
 INLINE void load(const float* from, Floats& to) { std::memcpy(&to, from, sizeof to); }
 INLINE void load(const Bf16* from, Floats& to) {
