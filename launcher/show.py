@@ -83,16 +83,20 @@ def _table(found: list[RunStatus], width: int) -> Table:
     wanted = ["run", "state", "step", "top-1", "restarts", "images/s", "ETA", "loss", "nodes",
               "checkpoint", "job"]
     rows = [_row(status) for status in found]
-    while len(wanted) > 4 and sum(
-            3 + max(len(name), *(len(row[name]) for row in rows)) for name in wanted) >= width:
+    widths = {name: 3 + max(len(name), *(len(row[name]) for row in rows)) for name in wanted}
+    while len(wanted) > 4 and sum(widths[name] for name in wanted) >= width:
         wanted.pop()
     table = Table()
     for name in wanted:
         table.add_column(name, no_wrap=name != "run", overflow="fold",
                          justify="left" if name in ("run", "state", "job") else "right")
-    for status, row in zip(found, rows, strict=True):
-        row["state"] = f"[{_COLOURS[status.state]}]{row['state']}[/]"
-        table.add_row(*(row[name] for name in wanted))
+    lines = [[Text(row[name], _COLOURS[row[name]] if name == "state" else "") for name in wanted]
+             for row in rows]
+    if sum(widths[name] for name in wanted) < width:
+        # Nothing is folded, so a column can be one cell: rich takes a second for 500 rows of cells.
+        lines = [[Text("\n").join(cells) for cells in zip(*lines, strict=True)]]
+    for line in lines:
+        table.add_row(*line)
     return table
 
 

@@ -155,14 +155,20 @@ def _last_metrics(run: RunPaths) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _scan(text: bytes, found: dict[str, dict[str, Any]]) -> None:
+    missing = [kind for kind, values in found.items() if not values]
+    marks = {kind: f'"{kind}"'.encode() for kind in missing}
     for line in reversed(text.splitlines()):
+        if not any(marks[kind] in line for kind in missing):  # hundreds between two validations
+            continue
         try:
             values = json.loads(line)
-            if not found[values["kind"]]:
-                found[values["kind"]] = values
+            kind = values["kind"]
         except (ValueError, KeyError, TypeError):
             continue  # a torn line, or the rest of one
-        if all(found.values()):
+        if kind in missing:
+            found[kind] = values
+            missing.remove(kind)
+        if not missing:
             return
 
 
