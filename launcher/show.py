@@ -12,7 +12,6 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from launcher.freeze import find_run
 from launcher.status import RunStatus, statuses
 from resnet_dist.paths import RunPaths
 
@@ -25,6 +24,8 @@ def show_status(console: Console, run: str | None, runs: Path, *, watch: bool,
     """Print one run in detail or a table of all. Returns the exit code: 1 where the run failed."""
     def current() -> tuple[list[RunStatus], str]:
         if run is not None:
+            from launcher.freeze import find_run  # imports what a table of all can do without
+
             return statuses([find_run(run, str(runs))])
         return statuses(find_runs(runs))
 
