@@ -3,8 +3,8 @@
     python -m tests.proofs.engines data/cifar10 runs/engines
 
 Trains ResNet-20 for 3,125 iterations of 128 images with each variant on two ranks and prints mean
-and standard deviation of the test error, and the images a second. Killed, the same command goes on.
-About 80 minutes on 2 cores.
+and standard deviation of the test error, and the images a second. Killed, the same command goes on;
+`--allow code` where the code has changed in between. About 80 minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from resnet_dist.metrics import read_lines
 from resnet_dist.paths import RunPaths
+from tests.proofs.degradation import finished
 
 RECIPE = Path(__file__).resolve().parents[2] / "configs" / "cifar10" / "resnet20.yaml"
 STEPS = 3125  # eight epochs of 50,000 images, 128 at a time
@@ -24,22 +25,29 @@ VARIANTS = {"fast": [], "deepspeed": ["engine=deepspeed", "zero_stage=1"], "exac
 SEEDS = (0, 1, 2)
 
 
+def train(name: str, seed: int, asked: argparse.Namespace, overrides: list[str]) -> int:
+    """The exit code of one run."""
+    return subprocess.run([
+        "resnet-dist", "train", str(RECIPE), f"data={asked.data}", f"runs={asked.runs}",
+        f"name={name}", f"seed={seed}", f"steps={STEPS}", "schedule.milestones=[1562,2343]",
+        "eval.every_steps=1562", "launch.ranks_per_node=2", "launch.cpus_per_rank=1", *overrides,
+        *(["--allow", asked.allow] if asked.allow else [])]).returncode
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data")
     parser.add_argument("runs", type=Path)
+    parser.add_argument("--allow", help="kinds of difference to go on with, as of resume")
     asked = parser.parse_args()
     errors: dict[str, list[float]] = {}
     for seed in SEEDS:
         for variant, overrides in VARIANTS.items():
             name = f"{variant}-{seed}"
-            done = subprocess.run([
-                "resnet-dist", "train", str(RECIPE), f"data={asked.data}", f"runs={asked.runs}",
-                f"name={name}", f"seed={seed}", f"steps={STEPS}", "schedule.milestones=[1562,2343]",
-                "eval.every_steps=1562", "launch.ranks_per_node=2", "launch.cpus_per_rank=1",
-                *overrides])
-            if done.returncode:
-                return done.returncode
+            if not finished(RunPaths(asked.runs / name), STEPS):
+                code = train(name, seed, asked, overrides)
+                if code:
+                    return code
             metrics = RunPaths(asked.runs / name).metrics
             errors.setdefault(variant, []).append(100 - read_lines(metrics, "val")[-1]["top1"])
             speed = statistics.median(line["images_per_s"] for line in read_lines(metrics, "train"))

@@ -50,7 +50,7 @@ def command(*words: object) -> None:
         raise SystemExit(done.returncode)
 
 
-def start(run: RunPaths, data: Path, steps: int) -> None:
+def start(run: RunPaths, data: Path, steps: int, allow: str | None) -> None:
     """Submit the run, or resume it where nothing of it is left in SLURM."""
     if not run.config.exists():
         milestones = f"schedule.milestones=[{steps // 2},{steps * 3 // 4}]"
@@ -69,7 +69,7 @@ def start(run: RunPaths, data: Path, steps: int) -> None:
     if status.over and status.state != "finished":
         moved = load_frozen(run.config).data.path != str(data)
         command("resume", run.name, *([f"data={data}"] if moved else []), "--runs",
-                run.root.parent)
+                run.root.parent, *(["--allow", allow] if allow else []))
 
 
 def look(run: RunPaths) -> RunStatus:
@@ -128,10 +128,11 @@ def main() -> int:
     parser.add_argument("--name", default="resnet20-preempted")
     parser.add_argument("--steps", type=int, default=64_000)
     parser.add_argument("--preempt", default="9000,27000,45000", help="steps, with commas")
+    parser.add_argument("--allow", help="kinds of difference to go on with, as of resume")
     asked = parser.parse_args()
     run = RunPaths((asked.runs / asked.name).absolute())
     join_slurm()
-    start(run, asked.data.absolute(), asked.steps)
+    start(run, asked.data.absolute(), asked.steps, asked.allow)
     watch(run, [int(step) for step in asked.preempt.split(",")])
     return 0 if report(run) else 1
 
