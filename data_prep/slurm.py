@@ -9,6 +9,7 @@ terminal may be closed meanwhile.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -76,12 +77,21 @@ def job_folder(dst: Path) -> Path:
     return dst.resolve().parent / f".{dst.resolve().name}-convert-jobs"
 
 
+def private_folder(dst: Path) -> Path:
+    """`job_folder`, made. Raises: ConfigError where somebody else has made it before."""
+    folder = job_folder(dst)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise ConfigError(f"DST = {dst}: {folder} belongs to uid {folder.stat().st_uid}; pickles "
+                          "are only run for their owner")
+    folder.chmod(0o700)
+    return folder
+
+
 def _submit(plan: Plan, config: ConvertConfig, setup: Sequence[str]) -> list[Any]:
     import submitit
 
-    folder = job_folder(plan.dst)
-    folder.mkdir(mode=0o700, exist_ok=True)
-    folder.chmod(0o700)
+    folder = private_folder(plan.dst)
     workers = config.workers or WORKERS
     tasks = min(config.slurm_tasks, len(plan.shards()))
     memory = config.slurm_mem_gb or 0.75 * workers
