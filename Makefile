@@ -8,7 +8,8 @@ SOURCES := pyproject.toml constraints.txt install.sh setup.py \
 help:
 	@echo 'make quickstart  convert, train, kill, resume, evaluate on real images: a few minutes'
 	@echo 'make test        the whole test suite, real SLURM included where root'
-	@echo 'make faults      36 faults on real runs and a real SLURM, as root: half an hour'
+	@echo 'make faults      36 faults on real runs and a real SLURM, as root: half an hour;'
+	@echo '                 FAULTS="--json rows.json --markdown table.md" keeps the table'
 	@echo 'make lint        ruff and mypy'
 
 quickstart: $(VENV)/.ready
@@ -18,7 +19,7 @@ test: $(VENV)/.ready-test lint
 	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup
 
 faults: $(VENV)/.ready-test
-	$(VENV)/bin/python -m tests.faults
+	$(VENV)/bin/python -m tests.faults $(FAULTS)
 
 lint: $(VENV)/.ready-test
 	$(VENV)/bin/ruff check .

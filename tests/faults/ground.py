@@ -155,6 +155,7 @@ class Ground:
     def close(self) -> None:
         for trial in self._trials:
             trial.end()
+        self._trials.clear()
 
 
 class Trial:

@@ -50,8 +50,8 @@ def _goes_on(trial: Trial, whole: RunPaths, at: float, how: str) -> Seen:
     expect(trial.events("requeued")[0]["how"] == how, trial.events("requeued"))
     expect(trial.redone == 0, f"{trial.redone} iterations redone")
     expect(trial.events("attempt")[1]["step"] == saved["step"], "not from the very step")
-    return Seen(f"saved at step {saved['step']}, requeued ({how}), same bits", 0, recover_s,
-                start_s=start_s)
+    return Seen(f"saved at step {saved['step']}, {saved['time'] - at:.1f} s after it, requeued "
+                f"({how}), same bits", 0, recover_s, start_s=start_s)
 
 
 def from_allocation(trial: Trial) -> float:
@@ -80,7 +80,7 @@ def cancelled(ground: Ground) -> Seen:
     lost = max(0, reached - asked.checkpoint)
     expect(lost <= EVERY + SLACK, f"--full: {lost} iterations are lost")
     return Seen(f"plain: saved at step {plain.checkpoint} and ended for good; --full: ended for "
-                f"good, {lost} iterations since the last checkpoint lost", 0)
+                f"good, {lost} iterations since the last checkpoint lost", lost)
 
 
 def _queued(trial: Trial) -> bool:
@@ -88,10 +88,10 @@ def _queued(trial: Trial) -> bool:
 
 
 def time_limit(ground: Ground) -> Seen:
-    """One minute, warned 45 s before its end."""
+    """One minute, warned 20 s before its end; slurmctld looks every 30 s, and warns early."""
     whole = ground.undisturbed()
     trial = ground.submit("limit", fault="slow:*:0:*:0.5",
-                          launch={"time_minutes": 1, "grace_s": 45})
+                          launch={"time_minutes": 1, "grace_s": 20})
     trial.wait(lambda: trial.events("signal") or trial.over, "the warning")
     at = trial.events("signal")[0]["time"]
     recover_s = trial.again(at)
@@ -99,7 +99,9 @@ def time_limit(ground: Ground) -> Seen:
     trial.same_as(whole)
     expect(trial.redone == 0, f"{trial.redone} iterations redone")
     times = len(trial.events("requeued"))
-    expect(times == len(trial.events("saved")) > 0, "not saved before every requeue")
+    # A warning that comes before the ranks are up finds nothing to save.
+    expect(times >= len(trial.events("saved")) > 0, "nothing was saved")
+    expect(not trial.events("unsaved"), "not saved before a requeue")
     return Seen(f"warned, saved and requeued {times} times, the limit anew each time, same bits", 0,
                 recover_s)
 
@@ -151,7 +153,9 @@ def lost_node(ground: Ground) -> Seen:
 def lost_slurmd(ground: Ground) -> Seen:
     """SIGKILL of the slurmd alone, under a job of one node: its ranks live on, unseen by SLURM."""
     whole = ground.undisturbed(1)
-    trial = ground.submit("lost-slurmd", nodes=1, fault="slow:*:0:1:1.5,slow:*:0:2:0.1")
+    # Slow from the fault on: SLURM takes up to a minute to give the node up, and the run must not
+    # have ended by then.
+    trial = ground.submit("lost-slurmd", nodes=1, fault="slow:*:12:1:4,slow:*:0:2:0.1")
     trial.wait_for_step(12)
     node = trial.events("started")[0]["nodes"][0]
     old = trial.pids()[0]

@@ -1,4 +1,7 @@
-"""A third of the faults, of every kind; `make faults` makes all 36."""
+"""A third of the faults, of every kind; `make faults` makes all 36.
+
+Those that need a cluster are not among them: tests/slurm makes 17 to 22 on a real SLURM.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ from collections.abc import Iterator
 import pytest
 
 from tests.faults.__main__ import judge
-from tests.faults.ground import Ground
+from tests.faults.ground import Ground, Seen
+from tests.faults.sheet import markdown, medians
 from tests.faults.table import FAULTS, Fault
 from tests.slurm.cluster import Cluster
 
@@ -44,3 +48,19 @@ def test_a_fault_that_does_something_else_is_a_difference(ground: Ground) -> Non
     row = judge(Fault(0, "", "", (broken,)), ground)  # type: ignore[arg-type]
     assert not row["as_expected"]
     assert "not what was expected" in row["seen"]
+
+
+def test_the_table_has_every_figure_and_a_dash_where_there_is_none(ground: Ground) -> None:
+    made = [Fault(number, "it|broke", "goes on", (lambda ground, seen=seen: seen,), "as near")
+            for number, seen in ((1, Seen("went on", 3, 4.25, notice_s=0.5)), (8, Seen("ended")),
+                                 (26, Seen("went on", 0, 30.0, notice_s=15.0)),
+                                 (1, Seen("went on", 1, 6.25, notice_s=0.1)))]
+    rows = [judge(fault, ground) for fault in made]
+    lines = markdown(rows).splitlines()
+    assert lines[2] == r"| 1 | it\|broke | goes on | went on (as near) | 3 | 4.2 |"
+    assert lines[3].endswith("| - | - |")
+    assert medians(rows) == [
+        "median to notice a dead rank: 0.30 s of 2 (0.10 to 0.50)",
+        "median to notice a hung rank: 15.00 s of 1 (15.00 to 15.00)",
+        "median from the fault to the first step after it: 6.25 s of 3 (4.25 to 30.00)"]
+    assert lines[-1] == "4 of 4 as expected"

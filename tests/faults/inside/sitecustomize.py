@@ -92,7 +92,7 @@ def loader(step: int, value: float) -> None:
 
         def work(*arguments: Any) -> None:
             if next(calls) == step:
-                raise RuntimeError("a fault in a data thread")
+                raise RuntimeError(f"a fault in a data thread at {time.time():.3f}")
             stage(*arguments)
 
         return work
