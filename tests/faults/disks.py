@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,7 +24,8 @@ from data_prep import beton
 from launcher.freeze import create_run, rewrite_config
 from resnet_dist import checkpoint
 from resnet_dist.config import ConfigError, config_from_dict, config_to_dict, load_frozen
-from resnet_dist.data.manifest import index_digest, load_manifest
+from resnet_dist.data.digest import index_digest
+from resnet_dist.data.manifest import load_manifest
 from resnet_dist.paths import RunPaths
 from tests.faults.ground import STEPS, Difference, Ground, Seen, environment, expect
 from tests.unit.prep_material import hashes as hashes_of
@@ -268,10 +270,13 @@ def killed_converter(ground: Ground) -> Seen:
             raise Difference("a data set that was cut short was opened")
         except ConfigError as refusal:
             expect("did not finish" in str(refusal) or "no such directory" in str(refusal), refusal)
+        began = time.monotonic()
         ground.command("convert", tree, dst, *words)
+        took_s = time.monotonic() - began
         expect(hashes_of(Path(folder) / "cut") == hashes_of(Path(folder) / "whole"),
                "bytes differ")
-    return Seen("not opened before it was finished; the same command finished it, same bytes")
+    return Seen("not opened before it was finished; the same command finished it, same bytes",
+                recover_s=took_s)
 
 
 def data_thread(ground: Ground) -> Seen:
@@ -283,9 +288,13 @@ def data_thread(ground: Ground) -> Seen:
     recover_s = trial.again(told["time"])
     trial.finished()
     trial.same_as(whole)
-    expect("a fault in a data thread" in told["reason"], told["reason"])
-    return Seen("the rank ended with the thread's error, restarted, same bits", trial.redone,
-                recover_s)
+    raised = re.search(r"a fault in a data thread at ([\d.]+)", told["reason"])
+    expect(raised, told["reason"])
+    assert raised is not None
+    notice_s = told["time"] - float(raised[1])
+    expect(notice_s < 10, f"noticed after {notice_s:.1f} s")
+    return Seen(f"the rank ended with the thread's error, noticed after {notice_s:.2f} s, "
+                "restarted, same bits", trial.redone, recover_s)
 
 
 # -- Damage ----------------------------------------------------------------------------------------
