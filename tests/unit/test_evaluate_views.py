@@ -11,10 +11,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from resnet_dist.config import EvalConfig
-from resnet_dist.data.reader import DataError
+from resnet_dist.data.reader import DataError, ShardReader
 from resnet_dist.distributed import World
 from resnet_dist.evaluate import Member, mean_log_probabilities, predict
 from resnet_dist.views import open_views
+from resnet_dist.views import picture as decoded
 from tests.unit.data_samples import Sample, jpeg_sample, raw_sample, write_dataset
 
 CLASSES = 10
@@ -105,6 +106,13 @@ def slow(members: list[Member], stored: list[Sample],
     return torch.stack([answer(members, views(sample)) for sample in stored])
 
 
+def resized(dataset: Path, count: int, side: int) -> list[Image.Image]:
+    """What the product decodes and resizes."""
+    with ShardReader(dataset, "val") as reader:
+        return [Image.fromarray(decoded(reader, sample, side, check=True))
+                for sample in range(count)]
+
+
 # -- Equal answers ---------------------------------------------------------------------------------
 
 def logits(shares: Tensor) -> Tensor:
@@ -129,6 +137,29 @@ def test_ten_crops_of_a_resized_picture_equal_it_up_to_a_rounded_grey_level(
     torch.testing.assert_close(logits(fast), logits(expected), rtol=0, atol=0.01)
     centre = slow(members, stored, lambda s: list(ten(picture(s, 56), 48))[8:])
     assert (logits(centre) - logits(expected)).abs().max() > 0.05, "crops must differ"
+
+
+@pytest.mark.parametrize("side", [40, 56, 80])
+def test_resized_pictures_are_those_of_the_slow_implementation_but_for_roundings(
+        dataset: Path, stored: list[Sample], side: int) -> None:
+    """JPEGs are resized before their colours are converted, which rounds and clips otherwise."""
+    for ours, sample in zip(resized(dataset, len(stored), side), stored, strict=True):
+        apart = np.abs(np.asarray(ours, np.int64) - np.asarray(picture(sample, side), np.int64))
+        assert apart.mean() < 0.5
+        assert apart.max() <= 1 or not sample[1]
+
+
+def test_of_the_same_resized_pictures_the_logits_are_equal(
+        dataset: Path, stored: list[Sample]) -> None:
+    members, scales = [network(1), network(2)], (40, 48, 80)
+    by_scale = [resized(dataset, len(stored), side) for side in scales]
+    for fast, expected in (
+            (seen(members, dataset, protocol="multiscale", scales=scales, size=48),
+             [answer(members, list(views)) for views in zip(*by_scale, strict=True)]),
+            (seen(members, dataset, protocol="10crop", resize=56, size=48),
+             [answer(members, list(ten(image, 48))) for image in
+              resized(dataset, len(stored), 56)])):
+        torch.testing.assert_close(logits(fast), logits(torch.stack(expected)), rtol=0, atol=1e-9)
 
 
 def test_several_scales_equal_the_slow_implementation(dataset: Path, stored: list[Sample]) -> None:
