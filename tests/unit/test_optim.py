@@ -240,6 +240,41 @@ def test_the_rate_before_the_error_falls_is_the_small_one() -> None:
     assert rates == pytest.approx([0.01, 0.1, 0.1, 0.01])
 
 
+def test_the_2015_warm_up_is_its_formula_over_1000_steps_through_a_checkpoint_a_step() -> None:
+    """The rate knows of an error once it is measured, every 20 steps, and never goes back."""
+    schedule = ScheduleConfig(milestones=(500, 750), warmup_start=0.1, warmup_until_error=80.0)
+    draw, observed, warm, rates, expected = np.random.default_rng(0), Observed(), False, [], []
+    for step in range(STEPS):
+        observed = Observed.from_meta(json.loads(json.dumps(observed.to_meta())))
+        rates.append(lr_at(schedule, 0.1, step, STEPS, observed))
+        expected.append((0.1 if warm else 0.01)
+                        * (1 if step < 500 or not warm else 0.1 if step < 750 else 0.01))
+        if (step + 1) % 20 == 0:
+            error = 95 - 0.05 * step + draw.normal()
+            observed = observed.trained(step + 1, error, schedule)
+            warm = warm or error < 80
+    assert 0 < sum(rate < 0.05 for rate in rates[:500]) < 450
+    np.testing.assert_allclose(rates, expected, rtol=1e-12)
+
+
+def test_the_plateau_schedule_is_torchs_over_1000_steps_through_a_checkpoint_a_step() -> None:
+    schedule = ScheduleConfig(name="plateau", patience=3, gain=0.1, factor=0.1)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    scheduler = SCHEDULERS.ReduceLROnPlateau(optimizer, factor=0.1, patience=2, threshold=0.1,
+                                             threshold_mode="abs", eps=0.0)
+    draw, observed, rates, expected = np.random.default_rng(0), Observed(), [], []
+    for step in range(STEPS):
+        observed = Observed.from_meta(json.loads(json.dumps(observed.to_meta())))
+        rates.append(lr_at(schedule, 0.1, step, STEPS, observed))
+        expected.append(optimizer.param_groups[0]["lr"])
+        if (step + 1) % 20 == 0:
+            error = 60 * math.exp(-step / 100) + 8 + draw.normal()
+            observed = observed.validated(step + 1, error)
+            scheduler.step(error)
+    assert len(set(expected)) > 3
+    np.testing.assert_allclose(rates, expected, rtol=1e-12)
+
+
 def test_the_rate_drops_when_the_error_plateaus() -> None:
     schedule = ScheduleConfig(name="plateau", patience=2, gain=0.1)
     observed = Observed()
