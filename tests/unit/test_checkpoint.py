@@ -20,8 +20,10 @@ from hypothesis import strategies as st
 
 from resnet_dist import checkpoint
 from resnet_dist.checkpoint import CheckpointError, CheckpointWriter, EngineState
+from resnet_dist.optim import Observed
 from resnet_dist.paths import RunPaths
 from resnet_dist.rollback import Rollback
+from resnet_dist.train import best_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -81,6 +83,22 @@ def test_every_nth_and_the_best_stay_too(run: RunPaths) -> None:
         writer.wait()
         writer.best_step = 2 if step == 2 else writer.best_step
     assert [paths.step for paths in run.checkpoints_on_disk()] == [9, 8, 4, 2]
+
+
+def test_the_first_checkpoint_after_the_best_evaluation_stays(run: RunPaths) -> None:
+    """Best at step 15, then, after a while without a gain, at 55."""
+    writer, seen = CheckpointWriter(run, keep_last=1), Observed()
+    errors, kept = {5: 60.0, 15: 40.0, 25: 41.0, 35: 45.0, 55: 30.0, 65: 31.0}, {}
+    for step in range(5, 75, 5):
+        if step in errors:
+            seen = seen.validated(step, errors[step])
+        if step % 10 == 0:
+            writer.best_step = best_checkpoint(run, seen, step)
+            writer.save(step, make_state(step), {})
+            writer.wait()
+            kept[step] = [paths.step for paths in run.checkpoints_on_disk()]
+    assert kept == {10: [10], 20: [20], 30: [30, 20], 40: [40, 20], 50: [50, 20], 60: [60],
+                    70: [70, 60]}
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture],
