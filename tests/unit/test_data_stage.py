@@ -7,15 +7,19 @@ import mmap
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
 import pytest
 import torch
 
 from resnet_dist.config import AugmentConfig
+from resnet_dist.data import stage as stage_module
 from resnet_dist.data.loader import TrainLoader
 from resnet_dist.data.manifest import load_manifest
 from resnet_dist.data.reader import DataError, ShardReader
@@ -81,7 +85,17 @@ class _Usage:
     free = 1000
 
 
-def test_processes_that_start_together_copy_once(dataset, tmp_path):
+def test_processes_that_start_together_copy_once(dataset, tmp_path, monkeypatch):
+    copies = tmp_path / "copies"
+    copy = stage_module._copy
+
+    def counted(source: Path, target: Path) -> str:
+        with open(copies, "a") as stream:  # one short line, from any process, whole
+            stream.write(f"{source.name}\n")
+        time.sleep(0.05)  # the others arrive meanwhile
+        return copy(source, target)
+
+    monkeypatch.setattr(stage_module, "_copy", counted)
     context = multiprocessing.get_context("fork")
     workers = [context.Process(target=staged, args=(dataset, tmp_path / "s")) for _ in range(4)]
     for worker in workers:
@@ -89,24 +103,48 @@ def test_processes_that_start_together_copy_once(dataset, tmp_path):
     for worker in workers:
         worker.join(30)
         assert worker.exitcode == 0
+    assert sorted(copies.read_text().split()) == [f"shard-{i:05d}.beton" for i in range(3)]
     with ShardReader(dataset, "train", root=staged(dataset, tmp_path / "s")) as reader:
         assert reader.num_samples == 12
+
+
+def staged_and_killed(dataset: Path, scratch: Path, line: int) -> None:
+    """Stage, and SIGKILL this process before the `line`-th line of stage.py that it runs."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Callable | None:
+        nonlocal count
+        if frame.f_code.co_filename != stage_module.__file__:
+            return None
+        count += event == "line"
+        if count == line:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return trace
+
+    sys.settrace(trace)
+    staged(dataset, scratch)
 
 
 def test_a_kill_at_any_moment_leaves_a_scratch_that_works(dataset, tmp_path):
     context = multiprocessing.get_context("fork")
     expected = [file.read_bytes() for file in sorted((dataset / "train").iterdir())]
-    for delay in np.linspace(0, 0.05, 8):
-        scratch = tmp_path / f"s{delay}"
-        worker = context.Process(target=staged, args=(dataset, scratch))
+    copied = set()
+    for line in range(1, 1000, 5):
+        scratch = tmp_path / f"s{line}"
+        worker = context.Process(target=staged_and_killed, args=(dataset, scratch, line))
         worker.start()
-        time.sleep(delay)
-        os.kill(worker.pid, signal.SIGKILL)
-        worker.join()
-        for file in scratch.rglob("*.beton"):  # a name that exists is complete
-            assert file.read_bytes() in expected
+        worker.join(60)
+        files = sorted(scratch.rglob("*.beton"))
+        assert [file.read_bytes() for file in files] == expected[:len(files)]  # a name is whole
+        copied.add(len(files))
         root = staged(dataset, scratch)
         assert [file.read_bytes() for file in sorted((root / "train").glob("*.beton"))] == expected
+        if worker.exitcode == 0:
+            break
+        assert worker.exitcode == -signal.SIGKILL
+    else:
+        pytest.fail("never ran to its end")
+    assert copied == {0, 1, 2, 3}
 
 
 def resident(reader: ShardReader) -> float:
