@@ -6,6 +6,7 @@ and over SSH a tunnel leads there.
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import socket
@@ -21,33 +22,42 @@ from resnet_dist.paths import RunPaths
 
 
 def run_tensorboard(console: Console, names: list[str], runs: str, port: int, *,
-                    everyone: bool = False) -> int:
+                    everyone: bool = False, as_json: bool = False) -> int:
     """TensorBoard over the named runs (all of them where none is), until Ctrl-C.
 
     Args:
         everyone: listen on every interface, for whoever reaches this machine.
+        as_json: tell address and tunnel in one object.
 
     Raises: ConfigError where a run is not there or the port is taken.
     """
     where = _log_folders(names, runs)
     host = "0.0.0.0" if everyone else "localhost"
     _check_free(host, port)
-    if everyone:
-        console.print(f"[bold red]warning[/]  listening on every interface of {platform.node()}, "
-                      f"without a password: whoever reaches port {port} reads these runs",
-                      soft_wrap=True)
+    command = "" if everyone else tunnel(dict(os.environ), port)
+    address = f"http://{platform.node() if everyone else 'localhost'}:{port}"
+    if as_json:
+        sys.stdout.write(json.dumps({"address": address, "tunnel": command or None,
+                                     "everyone": everyone}) + "\n")
+        sys.stdout.flush()
     else:
-        command = tunnel(dict(os.environ), port)
-        if command:
-            console.print(f"on your own machine:  {command}", highlight=False, soft_wrap=True)
-    console.print(f"then open  http://{platform.node() if everyone else 'localhost'}:{port}",
-                  highlight=False)
+        _tell(console, address, command, port if everyone else None)
     command_line = [sys.executable, "-m", "tensorboard.main", *where, "--port", str(port),
                     "--host", host]
     try:
         return subprocess.run(command_line).returncode
     except KeyboardInterrupt:
         return 0
+
+
+def _tell(console: Console, address: str, command: str, open_port: int | None) -> None:
+    if open_port is not None:
+        console.print(f"[bold red]warning[/]  listening on every interface of {platform.node()}, "
+                      f"without a password: whoever reaches port {open_port} reads these runs",
+                      soft_wrap=True)
+    elif command:
+        console.print(f"on your own machine:  {command}", highlight=False, soft_wrap=True)
+    console.print(f"then open  {address}", highlight=False)
 
 
 def tunnel(environment: dict[str, str], port: int) -> str:

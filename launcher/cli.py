@@ -7,7 +7,6 @@ Exit codes: 0 done, 1 failed, 2 bad input.
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from functools import partial
 from pathlib import Path
@@ -52,6 +51,8 @@ def convert(
 
     Example: `resnet-dist convert imagenet/ data/imagenet workers=8`
     """
+    import logging
+
     from data_prep.convert import convert, parse_convert_overrides
     from data_prep.slurm import convert_slurm
 
@@ -152,6 +153,7 @@ def train(
     config: Recipe,
     options: Overrides = None,
     allow: Allow = "",
+    as_json: Json = False,
 ) -> None:
     """Train in the foreground; also one rank of `torchrun --no-python resnet-dist train CONFIG`.
 
@@ -161,7 +163,7 @@ def train(
     """
     from launcher.foreground import train_here
 
-    raise typer.Exit(train_here(config, options or [], _words(allow)))
+    raise typer.Exit(train_here(config, options or [], _words(allow), as_json=as_json))
 
 
 def _words(text: str) -> list[str]:
@@ -331,6 +333,7 @@ def tensorboard(
     everyone: Annotated[bool, typer.Option(
         "--everyone", help="listen beyond localhost: no password guards it")] = False,
     runs: Runs = "runs",
+    as_json: Json = False,
 ) -> None:
     """Show curves in a browser; on localhost only. Over SSH it prints the tunnel command.
 
@@ -338,7 +341,8 @@ def tensorboard(
     """
     from launcher.board import run_tensorboard
 
-    raise typer.Exit(run_tensorboard(console, names or [], runs, port, everyone=everyone))
+    raise typer.Exit(run_tensorboard(console, names or [], runs, port, everyone=everyone,
+                                 as_json=as_json))
 
 
 @verb()
@@ -466,7 +470,10 @@ def bench_kernels(
     compiled: Annotated[bool, typer.Option("--compiled", help="torch.compile, too")] = False,
     as_json: Json = False,
 ) -> None:
-    """Each kernel beside its plain formulation, with the share of a copy's speed."""
+    """Each kernel beside its plain formulation, with the share of a copy's speed.
+
+    Example: `resnet-dist bench kernels --batch 64 --precision bf16`
+    """
     from launcher.bench import kernels_beside_torch
 
     kernels_beside_torch(console, ["--batch", str(batch), "--bn-batch", str(bn_batch),
@@ -483,7 +490,10 @@ def bench_scaling(
     figure: Annotated[Path | None, typer.Option("--figure", help="also draw a PNG")] = None,
     as_json: Json = False,
 ) -> None:
-    """Weak and strong scaling on this machine's ranks, or a plan for many GPUs."""
+    """Weak and strong scaling on this machine's ranks, or a plan for many GPUs.
+
+    Example: `resnet-dist bench scaling --plan`
+    """
     from launcher.bench import scaling_here
 
     scaling_here(console, ["--worlds", worlds, "--unseen", unseen, "--rounds", str(rounds),
@@ -500,7 +510,10 @@ def bench_save(
     scratch: Annotated[Path | None, typer.Option("--scratch", help="folder to save in")] = None,
     as_json: Json = False,
 ) -> None:
-    """Saving in the background beside saving while the step waits."""
+    """Saving in the background beside saving while the step waits.
+
+    Example: `resnet-dist bench save --model resnet50 --scratch /scratch`
+    """
     from launcher.bench import saves_side_by_side
 
     saves_side_by_side(console, scratch, ["--model", model, "--size", str(size), "--batch-size",

@@ -29,6 +29,7 @@ from launcher.freeze import (
 )
 from launcher.identity import check_identity
 from launcher.source import SOURCE_ROOT, code_fingerprint
+from launcher.status import run_status
 from launcher.supervisor import supervise_here
 from resnet_dist.config import EVAL_PROTOCOLS, Config, ConfigError, load_config, load_frozen
 from resnet_dist.data.manifest import check_dataset
@@ -37,21 +38,31 @@ from resnet_dist.paths import RunPaths
 from resnet_dist.rules import nearest, world_problems
 
 
-def train_here(recipe: Path, overrides: list[str], allow: Collection[str] = ()) -> int:
+def train_here(recipe: Path, overrides: list[str], allow: Collection[str] = (), *,
+               as_json: bool = False) -> int:
     """Train in the foreground and return the exit code. The same command again resumes.
 
-    allow: kinds of difference to what the run was, to go on with.
+    Args:
+        allow: kinds of difference to what the run was, to go on with.
+        as_json: when it has ended, print what `status --json` would.
 
     Raises: ConfigError on bad input, before a process is started.
     """
     config = load_config(recipe, overrides)
     if "RANK" in os.environ:
         run = _run_for_rank(config, allow)
-        return subprocess.run([sys.executable, "-m", "resnet_dist.train", str(run.root)]).returncode
+        code = subprocess.run([sys.executable, "-m", "resnet_dist.train", str(run.root)]).returncode
+        if as_json and int(os.environ["RANK"]) == 0:
+            sys.stdout.write(json.dumps(run_status(run).as_json()) + "\n")
+        return code
     if config.launch.nodes != 1:
         raise ConfigError(f"launch.nodes = {config.launch.nodes}: `train` runs on this machine; "
                           "set launch.nodes=1, or use `resnet-dist submit`")
-    return supervise_here(_create_or_reopen(config, allow))
+    run = _create_or_reopen(config, allow)
+    code = supervise_here(run)
+    if as_json:
+        sys.stdout.write(json.dumps(run_status(run).as_json()) + "\n")
+    return code
 
 
 def _run_for_rank(config: Config, allow: Collection[str]) -> RunPaths:

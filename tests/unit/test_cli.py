@@ -1,13 +1,21 @@
 """The command as a user meets it: help at once, mistakes told at once, no traceback."""
 
+import argparse
 import json
 import re
 import resource
+import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 
+from launcher.board import run_tensorboard
 from launcher.cli import app
+from launcher.events import record
+from launcher.foreground import train_here
+from resnet_dist.paths import RunPaths
 from tests.conftest import ROOT, Cli
 
 RECIPE = ROOT / "configs" / "digits" / "quickstart.yaml"
@@ -28,18 +36,70 @@ def test_help_lists_every_verb_and_is_quick(cli: Cli) -> None:
     assert min(spent) < 0.3, "the help must not import what it does not need"
 
 
-def test_every_verbs_help_has_an_example_that_names_real_options() -> None:
+def verbs() -> dict[str, Any]:
+    """Each command by what is typed for it, those of `bench` too."""
     from typer.main import get_command
 
-    command = get_command(app)
-    for verb, described in command.commands.items():  # type: ignore[attr-defined]
-        if verb == "bench":
-            continue
-        examples = re.findall(rf"`resnet-dist {verb}([^`]*)`", described.help)
-        assert examples, verb
-        known = {option for parameter in described.params for option in parameter.opts}
-        for option in re.findall(r"\s(-{1,2}[a-z][\w-]*)", " ".join(examples)):
-            assert option in known, (verb, option)
+    top: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
+    bench = top.pop("bench").commands
+    return top | {f"bench {name}": command for name, command in bench.items()}
+
+
+@pytest.mark.parametrize("verb", sorted(verbs()))
+def test_every_verbs_help_has_an_example_that_names_real_options(verb: str) -> None:
+    described = verbs()[verb]
+    examples = re.findall(rf"`resnet-dist {verb}([^`]*)`", described.help)
+    assert examples
+    known = {option for parameter in described.params for option in parameter.opts}
+    for option in re.findall(r"\s(-{1,2}[a-z][\w-]*)", " ".join(examples)):
+        assert option in known, option
+
+
+@pytest.mark.parametrize("verb", sorted(verbs()))
+def test_every_verb_speaks_json(verb: str) -> None:
+    assert "--json" in {option for each in verbs()[verb].params for option in each.opts}
+
+
+def test_help_shows_all_options_with_what_they_mean(cli: Cli) -> None:
+    shown = " ".join(cli("logs", "--help", env={"COLUMNS": "100"}).stdout.split())
+    for part in ("Usage: resnet-dist logs [OPTIONS] {RUN}", "merged by time, each line with its",
+                 "resnet-dist logs resnet50 --level warning --since 2h", "--grep REGEX",
+                 "an age such as 10m, 2h or 1d", "[default: runs]", "-f, --follow"):
+        assert part in shown or part.replace("-f, --follow", "--follow, -f") in shown, (part, shown)
+    assert "`" not in shown
+
+
+def test_train_tells_in_json_what_became_of_it(
+        digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    def supervised(run: RunPaths) -> int:
+        record(run, "submitted", where="foreground", nodes=1, steps=400, batch_size=128)
+        record(run, "failed", cause="rank 1: boom", step=7)
+        return 1
+
+    monkeypatch.setattr("launcher.foreground.supervise_here", supervised)
+    code = train_here(RECIPE, [f"data={digits}", f"runs={tmp_path}", "name=one"], as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert (code, told["name"], told["state"], told["cause"]) == (1, "one", "failed",
+                                                                  "rank 1: boom")
+
+
+@pytest.mark.parametrize("everyone", [False, True])
+def test_tensorboard_tells_address_and_tunnel_in_json(
+        tmp_path: Path, everyone: bool, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("launcher.board.subprocess.run", lambda words: argparse.Namespace(
+        returncode=0))
+    monkeypatch.setenv("SSH_CONNECTION", "laptop 51000 login1 22")
+    monkeypatch.setenv("USER", "me")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    assert run_tensorboard(Console(), [], str(tmp_path), port, everyone=everyone, as_json=True) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["everyone"] is everyone
+    assert told["address"].endswith(f":{port}")
+    assert told["tunnel"] == (None if everyone else f"ssh -N -L {port}:localhost:{port} me@login1")
 
 
 def test_off_a_terminal_there_are_no_colours_and_json_is_json(cli: Cli, tmp_path: Path) -> None:
