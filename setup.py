@@ -34,7 +34,7 @@ setup(
         Extension(
             "data_prep._native",
             sources=[f"data_prep/native/{name}.cpp"
-                     for name in ("inspect", "pixels", "reencode", "restarts")],
+                     for name in ("inspect", "measure", "pixels", "reencode", "restarts")],
             depends=["data_prep/native/shrink.h", "data_prep/native/strict.h"],
             language="c++",
             libraries=["jpeg"],

@@ -26,6 +26,7 @@ from data_prep.found import Unreadable
 from data_prep.jpeg import Header, JpegError
 
 FORMATS = ("PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM")
+RAW_ROW = 16  # rows of raw pixels that are measured together, as many as most JPEGs' MCUs have
 MAX_SIDE = 65_500  # libjpeg's limit; FFCV keeps 16 bits
 Image.MAX_IMAGE_PIXELS = None  # our own limit is checked before any pixel is decoded
 
@@ -56,6 +57,17 @@ class Encoded:
         if self.mode == MODE_RAW:
             return np.frombuffer(self.data, np.uint8).reshape(self.height, self.width, 3)
         return jpeg.decode(self.data, self.width, self.height)
+
+    def add_row_sums(self, every: int, first: int, totals: np.ndarray) -> int:
+        """Add sums and squares of one in `every` rows of blocks to totals [6]; how many pixels."""
+        if self.mode == MODE_JPEG:
+            return jpeg.add_row_sums(self.data, every, first, totals)
+        pixels, count = self.pixels(), 0
+        for top in range(first * RAW_ROW, self.height, every * RAW_ROW):
+            rows = pixels[top:top + RAW_ROW]
+            jpeg.add_sums(rows, totals)
+            count += rows.shape[0] * rows.shape[1]
+        return count
 
 
 def encode(raw: bytes | np.ndarray, encoding: Encoding, name: str) -> Encoded:

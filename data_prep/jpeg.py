@@ -42,7 +42,7 @@ def _library() -> ctypes.CDLL:
         raise ImportError(f"{folder / '_native'}: the native part is not built; run "
                           "`pip install -e .` in the project")
     library = ctypes.CDLL(str(path))
-    for name in ("dp_add_restarts", "dp_transcode", "dp_encode", "dp_reencode"):
+    for name in ("dp_add_restarts", "dp_transcode", "dp_encode", "dp_reencode", "dp_row_sums"):
         if not hasattr(library, name):
             raise ImportError(f"{path}: is older than the code that calls it; run `pip install -e "
                               ".` in the project again")
@@ -189,6 +189,20 @@ def add_sums(pixels: np.ndarray, totals: np.ndarray) -> None:
     pixels = np.ascontiguousarray(pixels)
     totals_pointer = totals.ctypes.data_as(POINTER(c_int64))
     _library().dp_sums(pixels.ctypes.data_as(c_void_p), c_int64(pixels.size // 3), totals_pointer)
+
+
+def add_row_sums(data: bytes, every: int, first: int, totals: np.ndarray) -> int:
+    """The same of every so-manieth row of MCUs, from `first` on, of a JPEG with a restart marker a
+    row, none of its other rows decoded. Returns the number of pixels.
+
+    Raises: JpegError as `decode`.
+    """
+    message = ctypes.create_string_buffer(_MESSAGE)
+    pixels = int(_library().dp_row_sums(data, c_int64(len(data)), c_int(every), c_int(first),
+                                        totals.ctypes.data_as(POINTER(c_int64)), message, _MESSAGE))
+    if pixels < 0:
+        raise _fail(message)
+    return pixels
 
 
 def libjpeg_version() -> str:

@@ -1,5 +1,5 @@
 // What needs libjpeg: lossless rewriting through coefficients, strict decoding with area-averaged
-// shrinking, encoding; and pixel sums.
+// shrinking, encoding.
 #include <vector>
 
 #include "shrink.h"
@@ -168,41 +168,6 @@ API int64_t dp_encode(const uint8_t* rgb, int w, int h, int quality, uint8_t** o
   jpeg_destroy_compress(&to);
   *out = result;
   return static_cast<int64_t>(result_size);
-}
-
-namespace {
-
-__attribute__((target_clones("avx512f", "avx2", "default"))) void AddSums(
-    const uint8_t* rgb, int64_t count, int64_t* totals) {
-  constexpr int kLanes = 96;        // a multiple of 3, so a lane is always the same channel
-  constexpr int64_t kRun = 65536;   // 65536 * 255^2 fits 32 bits
-  for (int64_t at = 0; at < count;) {
-    uint32_t sum[kLanes] = {0}, square[kLanes] = {0};
-    int64_t runs = (count - at) / kLanes;
-    if (runs > kRun) runs = kRun;
-    for (int64_t run = 0; run < runs; ++run, at += kLanes)
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const uint32_t value = rgb[at + lane];
-        sum[lane] += value;
-        square[lane] += value * value;
-      }
-    for (int lane = 0; runs < kRun && at < count; ++lane, ++at) {
-      const uint32_t value = rgb[at];
-      totals[lane % 3] += value;
-      totals[3 + lane % 3] += value * value;
-    }
-    for (int lane = 0; lane < kLanes; ++lane) {
-      totals[lane % 3] += sum[lane];
-      totals[3 + lane % 3] += square[lane];
-    }
-  }
-}
-
-}  // namespace
-
-// Adds sums and sums of squares of RGB pixels to totals[6].
-API void dp_sums(const uint8_t* rgb, int64_t pixels, int64_t* totals) {
-  AddSums(rgb, 3 * pixels, totals);
 }
 
 API int dp_libjpeg_version() { return LIBJPEG_TURBO_VERSION_NUMBER; }

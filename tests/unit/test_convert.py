@@ -112,6 +112,19 @@ def test_mean_and_std_equal_those_of_all_stored_pixels(tmp_path):
     np.testing.assert_allclose(manifest.std, pixels.std(axis=0), rtol=1e-9)
 
 
+def test_mean_and_std_of_many_large_images_are_estimated_from_a_few_rows(tmp_path):
+    folder = tmp_path / "source" / "train" / "class"
+    folder.mkdir(parents=True)
+    images = [picture(number, 160, 160) for number in range(400)]
+    for number, image in enumerate(images):
+        image.save(folder / f"{number}.jpg", quality=95)
+    manifest = convert(str(tmp_path / "source"), tmp_path / "dst", options())
+    pixels = np.concatenate([np.asarray(image).reshape(-1, 3) for image in images]) / 255.0
+    assert 0 < manifest.source["measured_images"] < 400
+    np.testing.assert_allclose(manifest.mean, pixels.mean(axis=0), atol=0.02)
+    np.testing.assert_allclose(manifest.std, pixels.std(axis=0), atol=0.02)
+
+
 def test_digits_are_the_digits_and_split_without_overlap(tmp_path):
     from sklearn.datasets import load_digits
 

@@ -297,3 +297,31 @@ def test_harmless_garbage_after_the_end_is_dropped():
     data = file_bytes(picture(5))
     stored = encode(data + b"trailing bytes", encoding(), "n")
     assert stored.data == encode(data, encoding(), "n").data
+
+
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("mode", ["RGB", "L", "raw"])
+def test_rows_measured_apart_add_up_to_the_whole_image(subsampling, mode):
+    image = picture(3, 61, 175)
+    data = file_bytes(image.convert("L") if mode == "L" else image, subsampling=subsampling)
+    stored = encode(data, RAW if mode == "raw" else encoding(), "name")
+    whole, pixels = np.zeros(6, np.int64), stored.pixels()
+    jpeg.add_sums(pixels, whole)
+    for every in (2, 3, 7, 100):
+        apart = np.zeros(6, np.int64)
+        counts = [stored.add_row_sums(every, first, apart) for first in range(every)]
+        assert sum(counts) == 61 * 175
+        assert (every < 100) == all(counts)
+        # Chroma at half height is interpolated across rows, but not into those decoded apart.
+        halved = mode == "RGB" and subsampling == 2
+        np.testing.assert_allclose(apart, whole, rtol=5e-3 if halved else 0)
+
+
+def test_rows_of_a_stream_without_restarts_are_refused():
+    data = file_bytes(picture(3, 61, 175))
+    with pytest.raises(JpegError, match="no restart marker"):
+        jpeg.add_row_sums(data, 2, 1, np.zeros(6, np.int64))
+    stored = jpeg.with_restarts(data)
+    for cut in range(4, len(stored) - 2, 97):
+        with pytest.raises(JpegError):
+            jpeg.add_row_sums(stored[:cut], 2, 1, np.zeros(6, np.int64))
