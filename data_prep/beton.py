@@ -1,4 +1,4 @@
-"""Shard files: the bytes of one `.beton`, written whole and read back with suspicion.
+"""Shard files: the layout of one `.beton`, and reading it back with suspicion.
 
 In: stored images with labels, in order. Out: a file that FFCV 1.0.2's `Loader` reads, whose bytes
 depend on nothing but its samples. The layout follows FFCV (libffcv/ffcv, ffcv/types.py, version 2):
@@ -9,7 +9,6 @@ takes seconds and hundreds of megabytes in every worker; a test holds them equal
 
 from __future__ import annotations
 
-import hashlib
 import os
 import secrets
 from collections.abc import Callable, Sequence
@@ -19,8 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import xxhash
-
-from resnet_dist.data.manifest import index_digest
 
 VERSION = 2
 HEADER = np.dtype([("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4"),
@@ -35,6 +32,7 @@ FIELDS = (("image", 2), ("label", 1), ("digest", 1))  # name, FFCV's type id
 MODE_JPEG, MODE_RAW = 0, 1
 MIN_PAGE = 1 << 21  # FFCV refuses to write smaller pages
 USUAL_PAGE = 1 << 23
+SMALL_SHARD = 4 * USUAL_PAGE  # bytes of images up to which pages are small
 MAX_PAGE = 1 << 31
 METADATA_START = HEADER.itemsize + len(FIELDS) * FIELD.itemsize
 
@@ -59,7 +57,7 @@ def digest(data: bytes | memoryview) -> int:
 def page_size(sizes: Sequence[int]) -> int:
     """Smallest page that FFCV allows and the samples justify: 2 MiB for little data, else 8 MiB,
     and more where one sample alone needs it."""
-    page = MIN_PAGE if sum(sizes) <= 4 * USUAL_PAGE else USUAL_PAGE
+    page = MIN_PAGE if sum(sizes) <= SMALL_SHARD else USUAL_PAGE
     while page < max(sizes, default=0):
         page *= 2
     if page > MAX_PAGE:
@@ -67,10 +65,14 @@ def page_size(sizes: Sequence[int]) -> int:
     return page
 
 
+def data_start(samples: int, page: int) -> int:
+    """File offset of the first sample."""
+    return -(-(METADATA_START + samples * SAMPLE.itemsize) // page) * page
+
+
 def layout(sizes: Sequence[int], page: int) -> tuple[list[int], int]:
     """File offset of every sample, and of the allocation table after the last whole page."""
-    start = -(-(METADATA_START + len(sizes) * SAMPLE.itemsize) // page) * page
-    pointers, at = [], start
+    pointers, at = [], data_start(len(sizes), page)
     for size in sizes:
         if at // page != (at + size - 1) // page:
             at = -(-at // page) * page
@@ -99,48 +101,9 @@ def head(samples: Sequence[Stored], page: int, pointers: Sequence[int], table: i
     return header.tobytes() + fields.tobytes() + rows.tobytes()
 
 
-def write_shard(path: Path, samples: Sequence[Stored]) -> tuple[int, str, str]:
-    """Write a shard under a temporary name, sync it, rename it. Returns its size, its SHA-256 and
-    its `index_digest`.
-
-    After a crash at any point `path` is absent, the old file, or the whole new one.
-    """
-    sizes = [len(sample.data) for sample in samples]
-    page = page_size(sizes)
-    pointers, table_at = layout(sizes, page)
-    table = np.zeros(len(samples), ALLOCATION)
-    table["sample_id"], table["ptr"], table["size"] = np.arange(len(samples)), pointers, sizes
-    first = head(samples, page, pointers, table_at)
-    sha = hashlib.sha256()
-    zeros = bytes(MIN_PAGE)
-
-    def write(file: object) -> None:
-        at = 0
-
-        def put(data: bytes) -> None:
-            nonlocal at
-            sha.update(data)
-            file.write(data)  # type: ignore[attr-defined]
-            at += len(data)
-
-        def pad(until: int) -> None:
-            while at < until:
-                put(zeros[:until - at])
-
-        put(first)
-        for sample, pointer in zip(samples, pointers, strict=True):
-            pad(pointer)
-            put(sample.data)
-        pad(table_at)
-        put(table.tobytes())
-
-    write_atomically(path, write)
-    return table_at + table.nbytes, sha.hexdigest(), index_digest(first, table.tobytes())
-
-
 def write_atomically(path: Path, write: Callable[[object], None] | bytes) -> None:
     """Temporary name, fsync, rename, fsync of the directory. Removes the temporary on failure."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = temporary_name(path)
     try:
         with open(temporary, "xb", buffering=1 << 20) as file:
             if isinstance(write, bytes):
@@ -155,6 +118,11 @@ def write_atomically(path: Path, write: Callable[[object], None] | bytes) -> Non
             temporary.unlink()
         raise
     sync_directory(path.parent)
+
+
+def temporary_name(path: Path) -> Path:
+    """Beside `path`, of no other process or attempt."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 def sync_directory(path: Path) -> None:

@@ -7,7 +7,10 @@ wrong labels and lost classes show at a glance.
 from __future__ import annotations
 
 import io
+import os
+import zlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +38,8 @@ def contact_sheet(shards: Sequence[Path], classes: Sequence[str]) -> bytes:
     starts = np.cumsum([0] + [len(index.samples) for index in indexes])
     sheet = Image.new("RGB", (COLUMNS * CELL, ROWS * (CELL + TEXT)), PAPER)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
-    for place, sample in enumerate(_chosen(labels)):
+
+    def thumbnail(sample: int) -> Image.Image:
         shard = int(np.searchsorted(starts, sample, side="right")) - 1
         image = Image.fromarray(
             small_sample(shards[shard], indexes[shard], sample - int(starts[shard])))
@@ -44,6 +48,12 @@ def contact_sheet(shards: Sequence[Path], classes: Sequence[str]) -> bytes:
             factor = (CELL - 4) // max(image.size)
             image = image.resize((image.width * factor, image.height * factor),
                                  Image.Resampling.NEAREST)
+        return image
+
+    chosen = _chosen(labels)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:  # a decoder holds no lock
+        images = list(threads.map(thumbnail, chosen))
+    for place, (sample, image) in enumerate(zip(chosen, images, strict=True)):
         x, y = place % COLUMNS * CELL, place // COLUMNS * (CELL + TEXT)
         sheet.paste(image, (x + (CELL - image.width) // 2, y + (CELL - image.height) // 2))
         draw.text((x + 3, y + CELL), _short(classes[labels[sample]]), INK, font=font)
@@ -112,5 +122,5 @@ def _short(name: str) -> str:
 
 def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=3)
+    image.save(buffer, "PNG", compress_level=1, compress_type=zlib.Z_RLE)  # as small as any
     return buffer.getvalue()

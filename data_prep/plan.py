@@ -27,7 +27,7 @@ from data_prep.sources import Place, place_groups
 from data_prep.tars import SourceError
 from resnet_dist.paths import DatasetPaths
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2  # also of the records
 ROW = np.dtype([("group", "<i4"), ("container", "<i4"), ("offset", "<i8"), ("size", "<i8"),
                 ("name_at", "<i8"), ("name_len", "<i4"), ("label", "<i4")])
 SHARD_BYTES = 150_000_000  # large enough to stream, small enough to redo and to hold in memory

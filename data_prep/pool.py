@@ -60,11 +60,13 @@ class Worker:
         *lines, self._rest = (self._rest + data).split(b"\n")
         return [json.loads(line) for line in lines]
 
-    def end(self) -> None:
+    def no_more(self) -> None:
         assert self.process.stdin
-        assert self.process.stdout
         with suppress(OSError):
             self.process.stdin.close()
+
+    def end(self) -> None:
+        assert self.process.stdout
         try:
             self.process.wait(timeout=1)
         except subprocess.TimeoutExpired:
@@ -129,6 +131,8 @@ def _workers(plan: Plan, count: int) -> Iterator[list[Worker]]:
             worker.process.kill()
         raise
     finally:
+        for worker in team:
+            worker.no_more()
         for worker in team:
             worker.end()
 

@@ -1,6 +1,6 @@
 """A worker process: `python -m data_prep.worker DST`. Shards come in by line, news go out by line.
 
-While a shard is hashed and written to disk, the next one is encoded, so a worker holds up to two.
+A shard is written to disk while it, and then the next one, is encoded; a worker holds up to two.
 It ends when its input ends, so it cannot outlive the process that started it for longer than that,
 and it writes nothing but shards and records, both atomically.
 """
@@ -55,7 +55,8 @@ def main(dst: str) -> int:
                 made = None
                 if line:
                     split, index = line.split()
-                    made = encode_shard(plan, ShardId(split, int(index)), reader, encoding, tick)
+                    made = encode_shard(plan, ShardId(split, int(index)), reader, encoding, tick,
+                                        disk)
                     tell(images=images, ready=True)
                     images = 0
                 if saving is not None:

@@ -16,8 +16,9 @@ from ffcv.writer import DatasetWriter
 from PIL import Image
 
 from resnet_dist.data import native
+from resnet_dist.data.digest import index_digest
 from resnet_dist.data.ffcv_types import METADATA_TYPE, FieldDescType, HeaderType
-from resnet_dist.data.manifest import Manifest, Shard, Split, dump_manifest, index_digest
+from resnet_dist.data.manifest import Manifest, Shard, Split, dump_manifest
 
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
 
