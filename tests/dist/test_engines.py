@@ -167,3 +167,41 @@ def load_and_step(saved: EngineState, values: dict[str, Any]) -> tuple[EngineSta
     again = engine.state()
     train(engine, 2, 3)
     return again, engine.state()
+
+
+def across(values: dict[str, Any], optimizer: dict[str, Any]) -> tuple[bool, bool, float]:
+    """DDP to another engine and back: whether either state is kept to the bit, and how far the
+    other engine's next step is from DDP's, in parts of it."""
+    world = join(make_config(1))
+    config = make_config(world.size, optimizer=optimizer)
+    ddp, other = build(config, world), build(make_config(world.size, **values,
+                                                         optimizer=optimizer), world)
+    train(ddp, 0, 2)
+    saved = ddp.state()
+    other.load(saved)
+    taken = digest(other.state(), ranks=False) == digest(saved, ranks=False)
+    train(ddp, 2, 3)
+    train(other, 2, 3)
+    after, back = other.state(), build(config, world)
+    back.load(after)
+    returned = digest(back.state(), ranks=False) == digest(after, ranks=False)
+    start, expected, found = (torch.cat([value.double().reshape(-1) for name, value in
+                                         sorted(state.model.items()) if "running" not in name])
+                              for state in (saved, ddp.state(), after))
+    return taken, returned, float((found - expected).norm() / (expected - start).norm())
+
+
+@pytest.mark.parametrize(("values", "optimizer"), [
+    pytest.param(ENGINES[1], {"name": "lamb", "lr": 0.01}, id="lamb zero0"),
+    pytest.param(ENGINES[1], {"name": "lars", "lr": 1.0}, id="lars zero0", marks=pytest.mark.slow),
+    pytest.param(ENGINES[2], {"name": "adamw", "lr": 0.01}, id="adamw zero1"),
+    pytest.param(ENGINES[3], {"name": "sgd_caffe"}, id="sgd_caffe zero2", marks=pytest.mark.slow),
+    pytest.param(ENGINES[2], {"nesterov": True}, id="nesterov zero1", marks=pytest.mark.slow),
+    pytest.param(ENGINES[1], {"clip_norm": 0.1}, id="clipped zero0"),
+    pytest.param(ENGINES[2], {"clip_norm": 0.1}, id="clipped zero1", marks=pytest.mark.slow)])
+def test_every_optimizer_crosses_the_engines_and_steps_alike(
+        values: dict[str, Any], optimizer: dict[str, Any]) -> None:
+    for taken, returned, apart in run_ranks(across, 2, values, {"decay": "weights", **optimizer}):
+        assert taken, "what the engine loaded is not what DDP saved"
+        assert returned, "what DDP loaded is not what the engine saved"
+        assert apart < 1e-4
