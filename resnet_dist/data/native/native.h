@@ -62,9 +62,10 @@ struct Taps {
   std::vector<int16_t> weight;
 };
 
-// Weights of `out` output pixels that cover [start, start + extent) of an axis of `count` samples.
-void build_taps(Taps& taps, double start, double extent, int out, int count, bool halved,
-                bool reverse);
+// Weights of `out` output pixels that cover [start, start + extent) of an axis of `pixels` pixels,
+// stored as `count` samples: as many, or half of them, rounded up.
+void build_taps(Taps& taps, double start, double extent, int out, int count, int pixels,
+                bool halved, bool reverse);
 
 constexpr int kLanes = 32;  // output rows that the horizontal pass treats together
 

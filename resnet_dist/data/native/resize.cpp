@@ -39,8 +39,8 @@ void resize_planes(const Plane planes[3], bool ycc, double top, double left, dou
       continue;
     }
     Axes& axis = own[c];
-    build_taps(axis.rows, top, height, out_h, p.rows, p.halved_y, false);
-    build_taps(axis.cols, left, width, out_w, p.cols, p.halved_x, flip);
+    build_taps(axis.rows, top, height, out_h, p.rows, planes[0].rows, p.halved_y, false);
+    build_taps(axis.cols, left, width, out_w, p.cols, planes[0].cols, p.halved_x, flip);
     axis.low = *std::min_element(axis.cols.first.begin(), axis.cols.first.end());
     axis.high =
         *std::max_element(axis.cols.first.begin(), axis.cols.first.end()) + axis.cols.width;

@@ -38,13 +38,12 @@ void pixel_weights(double start, double step, int index, Weights& w) {
 
 }  // namespace
 
-void build_taps(Taps& taps, double start, double extent, int out, int count, bool halved,
-                bool reverse) {
+void build_taps(Taps& taps, double start, double extent, int out, int count, int pixels,
+                bool halved, bool reverse) {
   static thread_local std::vector<double> pixel, row;
   const double step = extent / out;
   const int reach = static_cast<int>(std::ceil(std::max(step, 1.0))) + 2;  // pixels of one output
   const int width = std::min(count, halved ? reach / 2 + 3 : reach);
-  const int pixels = halved ? 2 * count : count;
   pixel.resize(reach);
   row.resize(width);
   taps.width = width;
