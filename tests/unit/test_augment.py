@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def slow_plan(augment: AugmentConfig, seed: int, epoch: int, sample: int, height
     flip = augment.flip and slow_uniforms(seed, epoch, sample, FLIP, 1)[0] < 0.5
     if augment.name == "scale_crop":
         side = augment.min_side + int(u[0] * (augment.max_side - augment.min_side + 1))
-        scale = side / min(height, width)
+        scale = Fraction(side, min(height, width))  # ties are ties, and go to the even number
         tall, wide = round(height * scale), round(width * scale)
         top, left = int(u[1] * (tall - size + 1)), int(u[2] * (wide - size + 1))
         return (top * height / tall, left * width / wide, size * height / tall,
