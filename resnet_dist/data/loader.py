@@ -41,7 +41,7 @@ class _Loader:
             yield batch
 
     def close(self) -> None:
-        """End the threads, then unmap the shards. May be called twice."""
+        """End the threads, then close the shards. May be called twice."""
         if self._engine is not None:
             self._engine.close()
         if self._ahead is not None:
@@ -140,15 +140,14 @@ class EvalLoader(_Loader):
     """One pass over the rank's contiguous share of a split, in order, without augmentation.
 
     Rank r of R yields samples [r * N // R, (r + 1) * N // R); the last batch may be short.
-    `resize` is the shorter side before the `size` centre crop, None the picture as it is.
+    `resize` is the shorter side before the `size` centre crop, None the picture as it is. Ten crops
+    and several scales are `resnet_dist/views.py`'s.
     Raises: as TrainLoader.
     """
 
     def __init__(self, dataset: Path | str, split: str, *, resize: int | None, size: int,
                  batch_size: int, rank: int = 0, world: int = 1, threads: int | None = None,
-                 prefetch: int = 2, verify: str = "page", views: str = "center"):
-        if views != "center":
-            raise ValueError(f"views = {views}: expected center")
+                 prefetch: int = 2, verify: str = "page"):
         self.reader = ShardReader(dataset, split)
         self.num_samples = self.reader.num_samples
         black = np.zeros((size, size, 3), np.uint8)  # a centre crop never leaves the picture

@@ -137,7 +137,8 @@ def random_erasing(plans: np.ndarray, augment: AugmentConfig, seed: int, epochs:
                    ids: np.ndarray, size: int) -> None:
     """With odds `erase`, a box of the crop shows the mean, that is 0 once normalised.
 
-    Source: Zhong et al. 2017, section 3.2, with the area and ratio of timm and torchvision.
+    Source: Zhong et al. 2017, section 3.2, with timm's area and ratio (torchvision writes 0.33 and
+    3.3) and with what both put there: 0 after normalization.
     """
     u = uniforms(seed, epochs, ids, Purpose.ERASE, 1 + 4 * _ERASE_TRIES)
     tries = u[:, 1:].reshape(len(ids), _ERASE_TRIES, 4)
