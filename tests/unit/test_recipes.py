@@ -1,6 +1,7 @@
 """Every recipe is complete, says what it costs and reaches, and really trains and evaluates."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +34,15 @@ IMAGES, BATCH, GROUP = 8, 4, 2  # an epoch is two steps
 # Pixels: as few as leave 2 x 2 for the last stage, of which BatchNorm learns what holds for other
 # images, too. So even 1,202 layers fit into the suite.
 ICON, PHOTO, LARGER = 8, 36, 44
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other at every one of a thousand layers take far longer."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +93,9 @@ def test_every_recipe_trains_and_evaluates(recipe: Path, photos: Path, icons: Pa
     engine = make_engine(model_of(config, manifest), config, ALONE,
                          normalization_of(config, manifest))
     before = [p.detach().clone() for p in engine.module.parameters()]
-    images = []
     with train_loader(config, ALONE, first_step=0) as loader:
         for step, batch in zip(range(2), loader, strict=False):
-            images.append(batch.images)
+            images = batch.images
             lr = lr_at(config.schedule, config.optimizer.lr, step, config.steps)
             keys = torch.from_numpy(sample_keys(config.seed, batch.epochs, batch.sample_ids))
             engine.train_step(batch.images, batch.labels, keys, lr,
@@ -100,7 +109,7 @@ def test_every_recipe_trains_and_evaluates(recipe: Path, photos: Path, icons: Pa
     assert sum(moved) > 0.5 * len(moved), "two steps must move the weights"
     # After two steps the running statistics are still far from the true ones, which a deep network
     # answers with infinities.
-    engine.refresh_bn(images)
+    engine.refresh_bn([images])
     with engine.eval_model() as model:
         outcomes = evaluate(model, engine.normalize, eval_loader(config, ALONE), ALONE)
     assert len(outcomes.labels) == 3
