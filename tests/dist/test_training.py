@@ -96,6 +96,30 @@ def test_sigkill_and_resume_equal_the_uninterrupted_run(digits: Path, tmp_path: 
     assert curve(killed) == curve(whole)
 
 
+def test_schedules_that_watch_the_error_are_as_exact_through_a_kill(
+        digits: Path, tmp_path: Path) -> None:
+    """0.01 until the training error is below 95%, halved at every evaluation without a gain."""
+    watching = {"name": "plateau", "patience": 1, "gain": 100, "factor": 0.5, "warmup_start": 0.1,
+                "warmup_until_error": 95}
+    evals = {"every_steps": 6, "resize": None, "size": 32}
+    whole, killed = (create_run(config_of(digits, tmp_path, name, schedule=watching, eval=evals))
+                     for name in ("whole", "killed"))
+    finish(whole, 1)
+    rank = start(killed, 1)[0]
+    wait_for_step(killed, 14)
+    rank.kill()
+    rank.wait()
+    finish(killed, 1)
+    assert "resumed at step 10" in killed.rank_log(0).read_text()
+    rates = [{line["step"]: line["lr"] for line in read_lines(run.metrics, "train")}
+             for run in (whole, killed)]
+    assert rates[0] == rates[1]
+    # A gain of 100 points is never seen: the first evaluation is the best, the others drop.
+    assert rates[0] == pytest.approx({4: 0.01, 8: 0.1, 12: 0.1, 16: 0.05, 20: 0.025, 24: 0.025,
+                                      28: 0.0125, 30: 0.0125})
+    assert hashes(killed) == hashes(whole)
+
+
 def test_sigterm_saves_the_very_step_and_resume_is_exact(digits: Path, tmp_path: Path) -> None:
     whole = create_run(config_of(digits, tmp_path, "whole"))
     finish(whole, 2)
