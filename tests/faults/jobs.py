@@ -138,6 +138,7 @@ def lost_node(ground: Ground) -> Seen:
         trial.wait(lambda: trial.events("crashed"), "the notice")
         notice_s = trial.events("crashed")[0]["time"] - at
         recover_s = trial.again(at)
+        start_s = from_allocation(trial)
         nodes = trial.events("started")[1]["nodes"]
         expect(node not in nodes, f"again on {nodes}")
         trial.finished()
@@ -147,7 +148,7 @@ def lost_node(ground: Ground) -> Seen:
     expect(notice_s < 3, f"noticed after {notice_s:.1f} s")
     expect(trial.redone <= EVERY + SLACK, f"{trial.redone} iterations redone")
     return Seen(f"noticed after {notice_s:.1f} s, went on on {', '.join(nodes)}, same bits",
-                trial.redone, recover_s)
+                trial.redone, recover_s, start_s=start_s)
 
 
 def lost_slurmd(ground: Ground) -> Seen:
@@ -199,13 +200,14 @@ def lost_controller(ground: Ground) -> Seen:
         for daemon in reversed(daemons):
             daemon.revive()
     recover_s = trial.again(at)
+    start_s = from_allocation(trial)
     trial.finished()
     trial.same_as(whole)
     expect("did not work; again in" in trial.said(), "no requeue was tried in vain")
     expect(trial.redone == 0, f"{trial.redone} iterations redone")
     how = trial.events("requeued")[0]["how"]
     return Seen(f"training went on, saved, requeue tried again until it worked ({how}), same bits",
-                0, recover_s)
+                0, recover_s, start_s=start_s)
 
 
 def lost_munge(ground: Ground) -> Seen:
@@ -223,13 +225,14 @@ def lost_munge(ground: Ground) -> Seen:
     finally:
         munged.revive()
     recover_s = trial.again(at)
+    start_s = from_allocation(trial)
     trial.finished()
     trial.same_as(whole)
     expect("did not work; again in" in trial.said(), "no back-off")
     expect(how == "exit code", how)
     expect(trial.redone == 0, f"{trial.redone} iterations redone")
     return Seen("saved, requeue tried with back-off, exit code 77, SLURM requeued, same bits", 0,
-                recover_s)
+                recover_s, start_s=start_s)
 
 
 def _processes(trial: Trial, node: str) -> list[psutil.Process]:

@@ -9,10 +9,15 @@ from rich.console import Console
 from rich.table import Table
 
 HEAD = ("", "fault", "expected", "seen", "redone iterations", "seconds to recover")
-TIMES = {"notice_s": {"": "to notice a dead rank", "hung": "to notice a hung rank"},
-         "recover_s": {"": "from the fault to the first step after it"},
-         "start_s": {"": "from SLURM's allocation to the first step"}}
-HUNG = 26  # the row whose rank is alive and silent
+HUNG = {26}  # the rank is alive and silent
+QUEUED = set(range(17, 26))  # SLURM gives the run another allocation, when it thinks fit
+TIMES = (("notice_s", "to notice a dead rank", lambda number: number not in HUNG),
+         ("notice_s", "to notice a hung rank", lambda number: number in HUNG),
+         ("recover_s", "from the fault to the first step after it, in the same allocation",
+          lambda number: number not in QUEUED),
+         ("recover_s", "from the fault to the first step after it, through SLURM's queue",
+          lambda number: number in QUEUED),
+         ("start_s", "from SLURM's allocation to the first step", lambda number: True))
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -42,14 +47,12 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 def medians(rows: list[dict[str, Any]]) -> list[str]:
     """A line for each time; a row counts as often as it was made."""
     lines = []
-    for key, kinds in TIMES.items():
-        for kind, what in kinds.items():
-            values = [row[key] for row in rows if row[key] is not None
-                      and row["redone"] is not None  # a run's, not a conversion's
-                      and (key != "notice_s" or (row["number"] == HUNG) == (kind == "hung"))]
-            if values:
-                lines.append(f"median {what}: {statistics.median(values):.2f} s of {len(values)} "
-                             f"({min(values):.2f} to {max(values):.2f})")
+    for key, what, counts in TIMES:
+        values = [row[key] for row in rows if row[key] is not None and counts(row["number"])
+                  and row["redone"] is not None]  # a run's, not a conversion's
+        if values:
+            lines.append(f"median {what}: {statistics.median(values):.2f} s of {len(values)} "
+                         f"({min(values):.2f} to {max(values):.2f})")
     return lines
 
 

@@ -62,5 +62,6 @@ def test_the_table_has_every_figure_and_a_dash_where_there_is_none(ground: Groun
     assert medians(rows) == [
         "median to notice a dead rank: 0.30 s of 2 (0.10 to 0.50)",
         "median to notice a hung rank: 15.00 s of 1 (15.00 to 15.00)",
-        "median from the fault to the first step after it: 6.25 s of 3 (4.25 to 30.00)"]
+        "median from the fault to the first step after it, in the same allocation: 6.25 s of 3 "
+        "(4.25 to 30.00)"]
     assert lines[-1] == "4 of 4 as expected"
