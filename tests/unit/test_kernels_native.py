@@ -74,6 +74,32 @@ def test_neither_threads_nor_neighbours_change_a_bit() -> None:
         assert torch.equal(a[4:], b)
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_every_level_of_the_processor_computes_the_meaning(dtype: torch.dtype) -> None:
+    """Code for 128, 256 and 512 bits; the wider two to the same bit."""
+    loops = native_batch_norm.library()
+    assert loops is not None
+    torch.manual_seed(3)
+    x, residual = (draw(6, 48, 13, 7, dtype=dtype) for _ in range(2))
+    best = loops.batch_norm_level(4)
+    try:
+        found = {number: bits(x, residual, 3)
+                 for number in (1, 3, 4) if loops.batch_norm_level(number) == number}
+    finally:
+        loops.batch_norm_level(4)
+    assert set(found) == {1, best} | ({3} if best == 4 else set())
+    wide = [t.detach().double().requires_grad_() for t in (x, residual)]
+    weight, bias = (torch.linspace(-1, 2, 48).double() for _ in range(2))
+    y, _, _ = reference.ghost_batch_norm(wide[0], weight, bias, 3, 1e-5, wide[1], True)
+    wanted = [y, *torch.autograd.grad(y, wide, torch.ones_like(y) * 0.37)]
+    for outcome in found.values():
+        for a, b in zip(outcome, wanted, strict=False):
+            error, largest = (a.detach() - b).abs().max(), float(b.detach().abs().max())
+            assert error <= 2 * TOLERANCE[dtype] * max(1.0, largest)
+    for a, b in zip(found[best], found[3] if best >= 3 else found[best], strict=True):
+        assert torch.equal(a, b)
+
+
 def test_statistics_keep_their_digits_far_from_zero() -> None:
     torch.manual_seed(0)
     x = draw(8, 16, 19, 9).detach() + 1000
