@@ -54,8 +54,9 @@ FAULTS = (
           (jobs.warned,)),
     Fault(19, "scancel --signal=TERM --full; plain scancel",
           "never requeued; plain: saved; --full: at most K lost", (jobs.cancelled,),
-          "--full signals srun too, and srun answers SIGTERM with SIGKILL to its tasks (srun(1)): "
-          "nobody is left to save; without --full the run saves"),
+          "--full signals srun too, and srun answers SIGTERM with SIGKILL to its tasks (srun(1)), "
+          "however it was started: a task that looked every 0.5 ms never saw the SIGTERM; without "
+          "--full the run saves"),
     Fault(20, "time limit, with a warning before it", "saved, requeued, the limit anew",
           (jobs.time_limit,)),
     Fault(21, "preemption by a higher tier, grace 20 s and none",
