@@ -86,12 +86,12 @@ def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
 
 class FileReader:
     def __init__(self, reader: dict[str, Any], max_bytes: int) -> None:
-        self._roots = [Path(root) for root in reader["containers"]]
+        self._roots: list[str] = reader["containers"]
         self._max_bytes = max_bytes
 
     def read(self, name: str, container: int, offset: int, size: int) -> bytes:
         try:
-            handle = os.open(self._roots[container] / name, os.O_RDONLY | os.O_CLOEXEC)
+            handle = os.open(os.path.join(self._roots[container], name), os.O_RDONLY | os.O_CLOEXEC)
             try:
                 length = os.fstat(handle).st_size
                 refuse_size(length, self._max_bytes)
