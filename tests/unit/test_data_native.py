@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import sys
 
@@ -13,7 +14,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from resnet_dist.data import native
-from tests.unit.data_samples import decoded, jpeg, photographs, picture
+from resnet_dist.data.loader import DataError, EvalLoader
+from tests.unit.data_samples import (
+    decoded,
+    jpeg,
+    jpeg_sample,
+    photographs,
+    picture,
+    write_dataset,
+)
 
 
 def axis_weights(start: float, extent: float, out: int, count: int) -> np.ndarray:
@@ -184,6 +193,46 @@ def test_a_cut_jpeg_is_refused_wherever_the_crop_needs_what_is_missing(restart, 
         with pytest.raises(ValueError, match="does not decode"):
             native.decode_one(stream[:keep], native.JPEG, 70, 90,
                               plan_of((0, 0, 70, 70), copy=copy), (70, 70) if copy else (32, 32))
+
+
+def with_damaged_row(stream: bytes, row: int) -> bytes:
+    """The JPEG with zeros for the coded MCU row `row`, which stands between two restart markers."""
+    markers = [found.start() for found in re.finditer(rb"\xff[\xd0-\xd7]", stream)]
+    first, last = markers[row - 1] + 2, markers[row]
+    return stream[:first] + bytes(last - first) + stream[last:]
+
+
+@pytest.mark.parametrize(("copy", "size", "skipped"), [
+    (False, 48, (1, 2, 3, 4, 10, 11, 12, 13)), (False, 24, (1, 2, 3, 4, 10, 11, 12, 13)),
+    (True, 64, (10, 11, 12, 13)),  # libjpeg reads what lies above, and stops below
+])
+def test_rows_outside_the_crop_are_not_decoded(copy, size, skipped):
+    stream = jpeg(picture(0, 240, 64))  # 15 MCU rows of 16 pixels
+    args = (native.JPEG, 240, 64, plan_of((88, 0, 64, 64), copy=copy), (size, size))
+    whole = native.decode_one(stream, *args)
+    for row in skipped:
+        assert np.array_equal(native.decode_one(with_damaged_row(stream, row), *args), whole)
+    for row in range(6, 9):  # rows that the box [88, 152) covers
+        with pytest.raises(ValueError, match="does not decode"):
+            native.decode_one(with_damaged_row(stream, row), *args)
+
+
+def test_a_damaged_row_stops_the_run_where_a_crop_needs_it_naming_the_sample(tmp_path):
+    """With hashes off, so that it is the decoder that notices."""
+    good = [jpeg_sample(i, 0, 240, 64) for i in range(6)]
+
+    def batch_with(row: int) -> np.ndarray:
+        bad = (with_damaged_row(good[4][0], row), *good[4][1:])
+        root = write_dataset(tmp_path / str(row), {"val": [good[:3], [good[3], bad, good[5]]]})
+        with EvalLoader(root, "val", resize=48, size=48, batch_size=6, threads=2,
+                        verify="open") as loader:
+            return next(iter(loader)).images[4].numpy()
+
+    plan = plan_of((88, 0, 64, 64))  # the square in the middle
+    expected = native.decode_one(good[4][0], native.JPEG, 240, 64, plan, (48, 48))
+    assert np.array_equal(batch_with(13), expected)
+    with pytest.raises(DataError, match=r"shard-00001\.beton, sample 1 \(sample 4 of.*decode"):
+        batch_with(7)
 
 
 FUZZ = """
