@@ -97,7 +97,9 @@ class PadShortcut(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x[:, :, :: self.stride, :: self.stride]
+        # A pool of one pixel, not a slice: a slice's gradient is NCHW, and would be copied to NHWC.
+        if self.stride > 1:
+            x = F.avg_pool2d(x, 1, self.stride)
         return F.pad(x, (0, 0, 0, 0, 0, self.extra))
 
 
