@@ -1,4 +1,4 @@
-"""Each kernel beside its plain meaning, eager and compiled, at the shapes of ResNet-50.
+"""Each kernel beside torch and its plain meaning, eager and compiled, at the shapes of ResNet-50.
 
     python -m resnet_dist.bench.kernels [--batch 256] [--rounds 5] [--compiled]
 
@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,7 +25,9 @@ from torch import Tensor
 
 from resnet_dist import kernels
 from resnet_dist.bench.step import ceilings, device_name, the_device, wait_for
-from resnet_dist.kernels import reference
+from resnet_dist.config import config_from_dict
+from resnet_dist.distributed import init_world
+from resnet_dist.kernels import batch_norm, reference
 from resnet_dist.precision import native
 
 # Channels and side of ResNet-50's activations by stage, as its BatchNorms see them.
@@ -85,19 +89,31 @@ def cases(batch: int, bn_batch: int, dtype: torch.dtype,
     return made
 
 
+def _torch() -> SimpleNamespace:
+    """torch's own kernels, eager: its BatchNorm a group at a time, then addition and ReLU."""
+    return SimpleNamespace(ghost_batch_norm=batch_norm.ghost_batch_norm,
+                           max_pool=reference.max_pool, average_pool=reference.average_pool,
+                           normalize=reference.normalize)
+
+
+def _compiled() -> SimpleNamespace:
+    """The plain meanings through torch.compile, each shape on its own; autograd compiled, too."""
+    return SimpleNamespace(**{name: torch.compile(getattr(reference, name), dynamic=False)
+                              for name in ("ghost_batch_norm", "max_pool", "average_pool",
+                                           "normalize")})
+
+
 def bench_kernels(args: argparse.Namespace, progress: Callable[[str], None]) -> dict[str, Any]:
     """Milliseconds of forward and backward, medians of alternating rounds, and bytes/s."""
     device = the_device()
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.precision]
     torch.manual_seed(0)
     copy, _ = ceilings(args.precision, torch.get_num_threads())
+    rooms = {"ours": kernels, "torch": _torch(), "plain": reference,
+             **({"compiled": _compiled()} if args.compiled else {})}
     rows = []
     for kernel, shape, size, run in cases(args.batch, args.bn_batch, dtype, device):
-        plain = torch.compile(run) if args.compiled else None
-        competitors: dict[str, Callable[[], object]] = {
-            "ours": partial(run, kernels), "plain": partial(run, reference)}
-        if plain is not None:
-            competitors["compiled"] = partial(plain, reference)
+        competitors = {name: partial(run, room) for name, room in rooms.items()}
         times: dict[str, list[float]] = {name: [] for name in competitors}
         for number in range(args.rounds + 1):
             for name, work in competitors.items():
@@ -124,16 +140,15 @@ def main() -> None:
     parser.add_argument("--bn-batch", type=int, default=32)
     parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--compiled", action="store_true",
                         help="also the plain meaning through torch.compile")
     args = parser.parse_args()
     if args.precision == "auto":
         args.precision = native(the_device())
-    if torch.cuda.is_available():
-        from resnet_dist.config import config_from_dict
-        from resnet_dist.distributed import init_world
-
-        init_world(config_from_dict({"name": "bench"}))
+    # A training process's settings, for all competitors alike: threads, kept memory.
+    init_world(config_from_dict({"name": "bench", "threads": args.threads}))
+    torch._dynamo.config.cache_size_limit = 64  # a shape each, all through one function
     result = bench_kernels(args, lambda line: print(line, file=sys.stderr))  # noqa: T201
     sys.stdout.write(json.dumps(result, indent=1) + "\n")
 
