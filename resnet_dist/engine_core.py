@@ -42,7 +42,10 @@ Normalization = tuple[np.ndarray, np.ndarray]
 # Normalised float32 images [n, 3, S, S] and labels [n] of a rank's share -> the same, mixed.
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Targets]]
 
-CPU_IMAGES_PER_FORWARD = 64  # more is no faster on a CPU and costs memory: ResNet-50, 0.1 GB each
+def cpu_images_per_forward(size: int) -> int:
+    """Of `size` pixels: ResNet-50 at 224 takes 0.1 GB each, and more are no faster; ResNet-20 on
+    CIFAR needs 9% less CPU time a step with 128 than with 64 (2026-11-25, AVX2)."""
+    return 64 if size > 64 else 128
 
 
 def images_per_forward(config: Config, world: World) -> int:
@@ -52,8 +55,9 @@ def images_per_forward(config: Config, world: World) -> int:
         return config.micro_batch
     if world.device.type != "cpu" or config.bn_batch is None:
         return share
+    limit = max(cpu_images_per_forward(config.augment.size), config.bn_batch)
     return max(size for size in range(config.bn_batch, share + 1, config.bn_batch)
-               if share % size == 0 and size <= max(CPU_IMAGES_PER_FORWARD, config.bn_batch))
+               if share % size == 0 and size <= limit)
 
 
 def euclidean(tensors: list[Tensor]) -> Tensor:
