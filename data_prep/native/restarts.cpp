@@ -56,6 +56,8 @@ class BitWriter {
 // --- Huffman tables --------------------------------------------------------------------------
 
 constexpr int kLook = 12;
+constexpr int kProbes = 3;  // after a refill of 56 bits
+constexpr int kMost = 56 / kProbes;  // bits that one of them may pass over
 
 // What some bits of AC codes and values do: bits 0-5 how many they are, from bit 6 by how many
 // coefficients they advance, and 64 more where the block ends with them. So sums of steps are steps,
@@ -70,7 +72,9 @@ struct Table {
   uint64_t used = 0;       // when, for the cache
   int32_t dc[1 << kLook];  // DC: difference << 8 | bits, where they fit in kLook; else 0
   Step one[1 << kLook];    // AC: the first symbol in the next kLook bits, with its value; else 0
-  Step many[1 << kLook];   // AC: all symbols that lie in them whole, up to the end of the block
+  // AC: all symbols that lie in them whole, up to the end of the block, or the first alone where its
+  // value goes on for some bits, since a second look at those is a branch that nothing foretells.
+  Step many[1 << kLook];
   uint8_t lengths[256];    // of the symbol's code, 0: no code
   uint16_t codes[256];
   int32_t limit[18];       // first code beyond length l, left-aligned in 16 bits
@@ -127,6 +131,7 @@ bool Build(const uint8_t* counts, int total, bool is_dc, Table* table) {
       if (step < kEndOfBlock && sum + step >= kEndOfBlock) break;  // would read as an end
       sum += step;
     }
+    if (!sum && (table->one[window] & 63) <= kMost) sum = table->one[window];
     table->many[window] = sum ? static_cast<Step>(sum) : kUnknown;
   }
   table->made_of.assign(counts, counts + 16 + total);
@@ -379,7 +384,7 @@ INLINE bool SkipAc(BitReader& in, const Table& table) {
   };
   while (true) {
     in.Refill();
-    for (int look = 0; look < 4; ++look) {  // four times kLook bits fit in what one refill gives
+    for (int probe = 0; probe < kProbes; ++probe) {
       Step step = table.many[in.word >> (64 - kLook)];
       uint64_t after = sum + step;
       if (after >= kEnd) {  // the block ends here, or before these symbols do, or the code is long
