@@ -313,4 +313,6 @@ def _shard_count(samples: int, shard_samples: int | None, mean_bytes: float | No
     if shard_samples is not None:
         return -(-samples // shard_samples)
     by_size = -(-int(samples * (mean_bytes or 110_000.0)) // SHARD_BYTES)
-    return max(by_size, MIN_SHARDS if samples >= FEW else 1)
+    if samples < FEW:
+        return max(by_size, 1)
+    return -(-by_size // MIN_SHARDS) * MIN_SHARDS  # an odd one would leave workers idle at the end

@@ -15,16 +15,19 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.bench import bench_convert, summary
+from data_prep.bench import CASES, bench_convert, summary
+from resnet_dist.config import ConfigError
 from resnet_dist.data.manifest import load_manifest
 
 
 def convert_beside_ffcv(console: Console, source: str, scratch: Path | None, *, images: int,
-                        workers: int, repeats: int, as_json: bool) -> None:
+                        workers: int, repeats: int, case: str | None, as_json: bool) -> None:
     """Conversion against FFCV's DatasetWriter. Raises: ConfigError, ConvertError."""
+    if case is not None and case not in CASES:
+        raise ConfigError(f"--case = {case}: pick one of {', '.join(CASES)}")
     with tempfile.TemporaryDirectory(prefix="bench-convert-") as temporary:
         rows = bench_convert(source, scratch or Path(temporary), images=images, workers=workers,
-                             repeats=repeats, progress=_tell)
+                             repeats=repeats, cases=(case,) if case else CASES, progress=_tell)
     if as_json:
         sys.stdout.write(json.dumps(rows) + "\n")
         return

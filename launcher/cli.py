@@ -406,6 +406,7 @@ def bench_convert(
     images: Annotated[int, typer.Option("--images")] = 5000,
     workers: Annotated[int, typer.Option("--workers")] = 2,
     repeats: Annotated[int, typer.Option("--repeats")] = 3,
+    case: Annotated[str | None, typer.Option("--case", help="mixed or encode alone")] = None,
     scratch: Annotated[Path | None, typer.Option("--scratch", help="folder to work in")] = None,
     as_json: Json = False,
 ) -> None:
@@ -416,7 +417,7 @@ def bench_convert(
     from launcher.bench import convert_beside_ffcv
 
     convert_beside_ffcv(console, source, scratch, images=images, workers=workers, repeats=repeats,
-                        as_json=as_json)
+                        case=case, as_json=as_json)
 
 
 @measure("loader")

@@ -52,11 +52,12 @@ def test_what_is_written_early_changes_no_byte(tmp_path, samples, planned):
     assert sorted(os.listdir(tmp_path)) == ["early.beton", "late.beton"]
 
 
-def test_a_full_disk_is_an_error_and_leaves_no_file(tmp_path, monkeypatch):
-    def full(handle: int) -> None:
+@pytest.mark.parametrize("call", ["pwritev", "fsync"])
+def test_a_full_disk_is_an_error_and_leaves_no_file(call, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fdatasync", full)
+    monkeypatch.setattr(os, call, full)
     with pytest.raises(OSError, match="No space"):
         committed(tmp_path / "full.beton", MANY, 70, True)
     assert not os.listdir(tmp_path)
