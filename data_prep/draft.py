@@ -7,7 +7,6 @@ rejected. `commit` checks that, and writes everything anew where it was wrong: t
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import os
 from collections.abc import Sequence
@@ -33,7 +32,6 @@ from data_prep.beton import (
 from resnet_dist.data.digest import index_digest
 
 _MOST_BUFFERS = 1024  # of one writev: IOV_MAX
-_SYNC_FILE_RANGE_WRITE = 2  # sync_file_range(2)
 
 
 class Draft:
@@ -56,7 +54,7 @@ class Draft:
             self._at = -(-self._at // USUAL_PAGE) * USUAL_PAGE
             if self._disk and self._bytes > SMALL_SHARD:
                 self._jobs.append(self._disk.submit(
-                    self._write_early, self.samples[self._sent:], self._pointers[self._sent:]))
+                    self._write_synced, self.samples[self._sent:], self._pointers[self._sent:]))
                 self._sent = len(self.samples)
         self.samples.append(sample)
         self._pointers.append(self._at)
@@ -112,9 +110,9 @@ class Draft:
                                    os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         return self._handle
 
-    def _write_early(self, samples: Sequence[Stored], pointers: Sequence[int]) -> None:
+    def _write_synced(self, samples: Sequence[Stored], pointers: Sequence[int]) -> None:
         self._write(samples, pointers)
-        _start_writeback(self._handle, pointers[0], pointers[-1] + len(samples[-1].data))
+        os.fdatasync(self._handle)
 
     def _write(self, samples: Sequence[Stored], pointers: Sequence[int]) -> None:
         """Gaps between pages stay holes, which read as the zeros they are."""
@@ -125,18 +123,6 @@ class Draft:
                 _write_all(self._open(), [sample.data for sample in samples[begin:end]],
                            pointers[begin])
                 begin = end
-
-
-def _start_writeback(handle: int, begin: int, end: int) -> None:
-    """Let the kernel begin to write these bytes, so that `commit`'s fsync finds little left.
-
-    Not fdatasync: that commits the file system's journal and empties the disk's cache for every few
-    megabytes, 5% of a conversion's CPU time.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "sync_file_range"):  # Linux; a hint, so its failure is none
-        libc.sync_file_range(handle, ctypes.c_int64(begin), ctypes.c_int64(end - begin),
-                             _SYNC_FILE_RANGE_WRITE)
 
 
 def _write_all(handle: int, buffers: list[bytes], at: int) -> None:

@@ -52,7 +52,7 @@ def test_what_is_written_early_changes_no_byte(tmp_path, samples, planned):
     assert sorted(os.listdir(tmp_path)) == ["early.beton", "late.beton"]
 
 
-@pytest.mark.parametrize("call", ["pwritev", "fsync"])
+@pytest.mark.parametrize("call", ["pwritev", "fdatasync", "fsync"])
 def test_a_full_disk_is_an_error_and_leaves_no_file(call, tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
