@@ -42,6 +42,7 @@ Normalization = tuple[np.ndarray, np.ndarray]
 # Normalised float32 images [n, 3, S, S] and labels [n] of a rank's share -> the same, mixed.
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Targets]]
 
+
 def cpu_images_per_forward(size: int) -> int:
     """Of `size` pixels: ResNet-50 at 224 takes 0.1 GB each, and more are no faster; ResNet-20 on
     CIFAR needs 9% less CPU time a step with 128 than with 64 (2026-11-25, AVX2)."""
