@@ -5,8 +5,9 @@
 An independent reading of the same recipe on the same files, to compare accuracies with: batch 128,
 BatchNorm over 64 images (two GPUs), SGD 0.1 with momentum 0.9 and decay 1e-4 on everything, rate
 divided by 10 at half and three quarters, 4-pixel padding, random crop and flip, per-pixel mean,
-shortcuts of option A. About 2.8 hours on 2 cores. Its state is saved every 1,000 steps; the same
-command goes on, and once it has finished, prints all errors again.
+shortcuts of option A; bfloat16 where the CPU has it, otherwise float32. About 2.8 hours on 2 cores
+with AMX, 6 with AVX2. Its state is saved every 1,000 steps; the same command goes on, and once it
+has finished, prints all errors again.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+
+BF16 = "avx512_bf16" in Path("/proc/cpuinfo").read_text()
 
 
 def read(archive: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -92,7 +95,7 @@ def test_error(net: nn.Module, images: np.ndarray, labels: np.ndarray) -> float:
     net.eval()
     wrong = 0
     for start in range(0, len(images), 500):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=BF16):
             logits = net(as_input(images[start:start + 500]))
         wrong += int((logits.argmax(1).numpy() != labels[start:start + 500]).sum())
     net.train()
@@ -136,7 +139,7 @@ def main() -> None:
             group["lr"] = 0.1 * 0.1 ** ((step >= asked.steps // 2) + (step >= asked.steps * 3 // 4))
         optimizer.zero_grad()
         for half in (slice(0, 64), slice(64, 128)):
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=BF16):
                 logits = net(as_input(images[half]))
             (F.cross_entropy(logits.float(), target[half]) / 2).backward()
         optimizer.step()
