@@ -36,7 +36,7 @@ from resnet_dist.losses import Targets
 from resnet_dist.models import norm
 from resnet_dist.models.keyed import set_sample_keys
 from resnet_dist.precision import autocast_dtype
-from resnet_dist.transfer import copy_into, to_host
+from resnet_dist.transfer import Upload, copy_into, to_host
 
 Normalization = tuple[np.ndarray, np.ndarray]
 # Normalised float32 images [n, 3, S, S] and labels [n] of a rank's share -> the same, mixed.
@@ -82,6 +82,7 @@ class Engine:
     def __init__(self, model: nn.Module, config: Config, world: World,
                  normalization: Normalization) -> None:
         self.config, self.world = config, world
+        self._upload = Upload(world.device)
         self.module: nn.Module = model.to(world.device)
         self.module.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         norm.flatten_bn_stats(self.module)
@@ -117,9 +118,9 @@ class Engine:
         device = self.world.device
         # What is mixed is mixed in float32; what is not is rounded at once, not by autocast.
         dtype = None if mix is not None else autocast_dtype(self.config, device)
-        x = self.normalize(images.to(device, non_blocking=True), dtype or torch.float32)
-        labels = labels.to(device, non_blocking=True)
-        keys = None if sample_keys is None else sample_keys.to(device, non_blocking=True)
+        x = self.normalize(self._upload(images), dtype or torch.float32)
+        labels = self._upload(labels)
+        keys = None if sample_keys is None else self._upload(sample_keys)
         x, targets = mix(x, labels) if mix is not None else (x, Targets(labels))
         self.module.train()
         self._gradients(x, targets, keys)

@@ -60,6 +60,22 @@ def test_a_step_never_waits_for_the_device(values: dict[str, Any]) -> None:
         engine.read_window()  # the detector detects
 
 
+def test_batches_travel_beside_the_step_and_arrive_whole() -> None:
+    """Pinned host batches as the loader yields them: no wait, the bits of device batches."""
+    digests = []
+    for pinned in (False, True):
+        engine = engine_of(precision="bf16")
+        train(engine, 0, 3)
+        batches = [[t.pin_memory() if pinned else t.cuda() for t in
+                    global_batch(engine.config, step)] for step in range(3, 9)]
+        torch.cuda.synchronize()
+        with waiting_refused():
+            for batch in batches:
+                engine.train_step(*batch, 0.1)
+        digests.append(digest(engine.state()))
+    assert digests[0] == digests[1]
+
+
 @pytest.mark.parametrize("model", ["resnet18", "resnet50"])
 def test_no_kernel_converts_a_layout(model: str) -> None:
     engine = engine_of(model={"name": model}, precision="bf16", augment={"size": 64})
