@@ -101,6 +101,7 @@ class ModelConfig(Section):
     stochastic_depth: Fraction | None = None
     dropout: Fraction | None = None
     init: Literal["he_fan_out", "he_fan_in", "torch"] = "he_fan_out"
+    classifier_std: Positive | None = None  # normal weights, no bias; None: torch's default
     zero_init_last_bn: bool = False
     bn_momentum: Fraction = 0.1
     bn_eps: Positive | None = None  # 1e-5; Inception 1e-3

@@ -31,6 +31,7 @@ def build_model(
     stochastic_depth: float | None = None,
     dropout: float | None = None,
     init: str = "he_fan_out",
+    classifier_std: float | None = None,
     zero_init_last_bn: bool = False,
     bn_batch: int | None = None,
     bn_momentum: float = 0.1,
@@ -54,8 +55,8 @@ def build_model(
         num_classes=num_classes, shortcut=shortcut, activation=activation, gate_bias=gate_bias,
         stem=stem, avg_down=avg_down, antialias=antialias, se_reduction=se_reduction,
         stochastic_depth=stochastic_depth, dropout=dropout, init=init,
-        zero_init_last_bn=zero_init_last_bn, bn_batch=bn_batch, bn_momentum=bn_momentum,
-        bn_eps=bn_eps, checkpointing=checkpointing,
+        classifier_std=classifier_std, zero_init_last_bn=zero_init_last_bn, bn_batch=bn_batch,
+        bn_momentum=bn_momentum, bn_eps=bn_eps, checkpointing=checkpointing,
     )
     check_options(name, family, options)
 

@@ -14,6 +14,7 @@ from resnet_dist.models.options import ModelOptions
 from resnet_dist.models.preact import build_preact
 from resnet_dist.models.resnet import build_resnet
 from resnet_dist.models.vgg import build_vgg
+from resnet_dist.models.weights import classifier_name
 
 _BUILDERS: dict[str, Callable[[str, ModelOptions], nn.Module]] = {
     "resnet": build_resnet,
@@ -28,6 +29,11 @@ def build(name: str, family: str, options: ModelOptions) -> nn.Module:
     """See `resnet_dist.models.build_model`. The module remembers `arch_name` and `arch_options`."""
     model = _BUILDERS[family](name, options)
     initialise(model, options.init)
+    if options.classifier_std is not None:
+        classifier = model.get_submodule(classifier_name(model))
+        assert isinstance(classifier, nn.Linear)
+        nn.init.normal_(classifier.weight, std=options.classifier_std)
+        nn.init.zeros_(classifier.bias)
     for module in model.modules():
         if isinstance(module, ShortcutExperiment):
             module.initialise_gate()

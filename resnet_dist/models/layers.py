@@ -177,7 +177,8 @@ def initialise(model: nn.Module, init: str) -> None:
 
     he_fan_out: normal with variance 2 / (k^2 * out_channels), as published code of residual
     networks; he_fan_in: 2 / (k^2 * in_channels / groups); torch: the library's uniform default.
-    The classifier keeps the library's default; all other biases are zero under the first two.
+    The classifier keeps the library's default unless `classifier_std` is given; all other biases
+    are zero under the first two.
     Source: He et al. 2015b, section 2.2.
     """
     if init == "torch":

@@ -30,6 +30,7 @@ class ModelOptions:
     stochastic_depth: float | None = None  # drop rate of the last block, growing linearly from 0
     dropout: float | None = None  # before the classifier
     init: str = "he_fan_out"
+    classifier_std: float | None = None  # its weights normal with this deviation, its biases 0
     zero_init_last_bn: bool = False
     bn_batch: int | None = None
     bn_momentum: float = 0.1
@@ -40,7 +41,7 @@ class ModelOptions:
         """The options that were chosen, not left to the architecture."""
         return {f.name: getattr(self, f.name) for f in fields(self)
                 if f.default is None and getattr(self, f.name) is not None
-                and not f.name.startswith("bn_")}
+                and f.name != "classifier_std" and not f.name.startswith("bn_")}
 
 
 # Which of the None options each family understands.
@@ -84,6 +85,8 @@ def check_options(name: str, family: str, options: ModelOptions) -> None:
         rate = getattr(options, option)
         if rate is not None and not 0.0 <= rate < 1.0:
             refuse(option, rate, "a drop rate is in [0, 1)")
+    if options.classifier_std is not None and options.classifier_std <= 0:
+        refuse("classifier_std", options.classifier_std, "a standard deviation is above 0")
     if name.startswith("plain") and options.shortcut is not None:
         refuse("shortcut", options.shortcut, f"a plain network has none; use resnet{name[5:]}")
     if name.startswith("plain") and options.stochastic_depth:

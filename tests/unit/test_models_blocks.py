@@ -234,6 +234,18 @@ def test_he_initialisation_has_the_published_variance():
     assert len(hidden) == 2
 
 
+def test_classifier_std_draws_the_classifier_alone():
+    torch.manual_seed(0)
+    as_usual = build_model("resnet50", num_classes=1000)
+    torch.manual_seed(0)
+    model = build_model("resnet50", num_classes=1000, classifier_std=0.01)
+    assert model.fc.weight.std().item() == pytest.approx(0.01, rel=0.01)
+    assert abs(model.fc.weight.mean().item()) < 1e-4
+    assert not model.fc.bias.any()
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, as_usual.get_parameter(name)) == (not name.startswith("fc."))
+
+
 def test_zero_init_makes_every_block_its_shortcut():
     model = build_model("resnet20", num_classes=10, zero_init_last_bn=True)
     block = model.layer1[1]
@@ -268,6 +280,7 @@ REFUSED = [
     ("resnet50d", {"shortcut": "A", "avg_down": True}, "shortcut B or C"),
     ("resnet50", {"init": "zeros"}, "he_fan_out"),
     ("resnet50", {"num_classes": 0}, "at least 1"),
+    ("resnet50", {"classifier_std": 0.0}, "above 0"),
 ]
 
 
