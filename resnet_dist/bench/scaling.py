@@ -78,7 +78,7 @@ def draw(result: dict[str, Any], tables: dict[str, Any], file: Path) -> None:
     """Measured points beside the model, and the plan, as one PNG."""
     import matplotlib
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
     for kind, colour in (("weak", "tab:blue"), ("strong", "tab:orange")):
@@ -92,6 +92,13 @@ def draw(result: dict[str, Any], tables: dict[str, Any], file: Path) -> None:
                       markerfacecolor=colour if r["seen"] else "white")
     left.set(xscale="log", yscale="log", xlabel="gloo ranks (hollow: not fitted)",
              ylabel="step, ms", title=f"measured on {result['cores']} cores")
+    left.set_xticks(sorted({r["ranks"] for r in result["points"]}))
+    left.set_yticks([100 * 2**power for power in range(8)])
+    for axis in (left.xaxis, left.yaxis):
+        axis.set_major_formatter(ticker.ScalarFormatter())
+        axis.set_minor_locator(ticker.NullLocator())
+    times = [1e3 * r[key] for r in result["points"] for key in ("step_s", "model_s")]
+    left.set_ylim(0.8 * min(times), 1.25 * max(times))
     for key, name in (("strong", "batch 256"), ("weak", "32 images a GPU"),
                       ("weak_256", "256 images a GPU")):
         rows = tables[key]
