@@ -31,6 +31,7 @@ def train(name: str, seed: int, asked: argparse.Namespace, overrides: list[str])
         "resnet-dist", "train", str(RECIPE), f"data={asked.data}", f"runs={asked.runs}",
         f"name={name}", f"seed={seed}", f"steps={STEPS}", "schedule.milestones=[1562,2343]",
         "eval.every_steps=1562", "launch.ranks_per_node=2", "launch.cpus_per_rank=1", *overrides,
+        *asked.settings,
         *(["--allow", asked.allow] if asked.allow else [])]).returncode
 
 
@@ -38,6 +39,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data")
     parser.add_argument("runs", type=Path)
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="for every run")
     parser.add_argument("--allow", help="kinds of difference to go on with, as of resume")
     asked = parser.parse_args()
     errors: dict[str, list[float]] = {}
