@@ -1,8 +1,9 @@
 """A shard's file while its images are still being encoded.
 
-Whole pages go to disk as they fill, so that little is left to write and to wait for at the end.
-Where a page begins depends on all images of a shard, so a draft guesses: many bytes, and no image
-rejected. `commit` checks that, and writes everything anew where it was wrong: the same bytes.
+Whole pages go to disk as they fill, past the page cache, so that little is left to write and to
+wait for at the end. Where a page begins depends on all images of a shard, so a draft guesses: many
+bytes, and no image rejected. `commit` checks that, and writes everything anew where it was wrong:
+the same bytes.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from data_prep.beton import (
     sync_directory,
     temporary_name,
 )
+from data_prep.direct import DirectFile
 from resnet_dist.data.digest import index_digest
 
 _MOST_BUFFERS = 1024  # of one writev: IOV_MAX
@@ -41,6 +43,7 @@ class Draft:
         self.samples: list[Stored] = []
         self._path, self._temporary = path, temporary_name(path)
         self._handle = -1
+        self._direct: DirectFile | None = None
         self._disk = disk
         self._bytes = 0
         self._pointers: list[int] = []
@@ -54,7 +57,7 @@ class Draft:
             self._at = -(-self._at // USUAL_PAGE) * USUAL_PAGE
             if self._disk and self._bytes > SMALL_SHARD:
                 self._jobs.append(self._disk.submit(
-                    self._write_synced, self.samples[self._sent:], self._pointers[self._sent:]))
+                    self._write_pages, self.samples[self._sent:], self._pointers[self._sent:]))
                 self._sent = len(self.samples)
         self.samples.append(sample)
         self._pointers.append(self._at)
@@ -85,8 +88,7 @@ class Draft:
             _write_all(self._open(), [last], table_at)
             sha = _sha256(first, self.samples, pointers, table_at, last)
             os.fsync(self._open())
-            os.close(self._handle)
-            self._handle = -1
+            self._close()
             os.replace(self._temporary, self._path)
         except BaseException:
             self.discard()
@@ -99,9 +101,8 @@ class Draft:
             job.cancel()
         with suppress(OSError):
             self._temporary.unlink()
-        if self._handle >= 0 and all(job.done() for job in self._jobs):
-            os.close(self._handle)
-            self._handle = -1
+        if all(job.done() for job in self._jobs):
+            self._close()
 
     def _open(self) -> int:
         if self._handle < 0:
@@ -110,9 +111,27 @@ class Draft:
                                    os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         return self._handle
 
-    def _write_synced(self, samples: Sequence[Stored], pointers: Sequence[int]) -> None:
-        self._write(samples, pointers)
-        os.fdatasync(self._handle)
+    def _close(self) -> None:
+        if self._direct is not None:
+            self._direct.close()
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+    def _write_pages(self, samples: Sequence[Stored], pointers: Sequence[int]) -> None:
+        if self._direct is None:
+            self._open()
+            self._direct = DirectFile(self._temporary, USUAL_PAGE)
+        begin, through_cache = 0, False
+        for end in range(1, len(samples) + 1):
+            if end == len(samples) or pointers[end] % USUAL_PAGE == 0:
+                page = [sample.data for sample in samples[begin:end]]
+                if self._direct.write(page, pointers[begin]) < sum(map(len, page)):
+                    self._write(samples[begin:end], pointers[begin:end])
+                    through_cache = True
+                begin = end
+        if through_cache:
+            os.fdatasync(self._handle)
 
     def _write(self, samples: Sequence[Stored], pointers: Sequence[int]) -> None:
         """Gaps between pages stay holes, which read as the zeros they are."""

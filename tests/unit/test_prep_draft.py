@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import hashlib
+import mmap
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data_prep import draft
@@ -52,11 +56,54 @@ def test_what_is_written_early_changes_no_byte(tmp_path, samples, planned):
     assert sorted(os.listdir(tmp_path)) == ["early.beton", "late.beton"]
 
 
-@pytest.mark.parametrize("call", ["pwritev", "fdatasync", "fsync"])
+def refused_at_open(monkeypatch) -> None:
+    usual = os.open
+
+    def refuse(path, flags, *rest):
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return usual(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", refuse)
+
+
+def refused_at_write(monkeypatch) -> None:
+    def refuse(handle, data, at):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+
+
+@pytest.mark.parametrize("refuse", [refused_at_open, refused_at_write])
+def test_a_file_system_that_needs_the_page_cache_gets_the_same_bytes(refuse, tmp_path, monkeypatch):
+    usual = committed(tmp_path / "usual.beton", MANY, 70, True)
+    refuse(monkeypatch)
+    assert committed(tmp_path / "cached.beton", MANY, 70, True) == usual
+    assert (tmp_path / "cached.beton").read_bytes() == (tmp_path / "usual.beton").read_bytes()
+
+
+def test_most_of_a_shard_never_enters_the_page_cache(tmp_path):
+    path = tmp_path / "shard.beton"
+    committed(path, MANY, 70, True)
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_DIRECT))
+    except OSError:
+        pytest.skip("the file system cannot write past the page cache")
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE) as view:
+        at = np.frombuffer(view, np.uint8).ctypes.data
+        resident = (ctypes.c_ubyte * -(-len(view) // mmap.PAGESIZE))()
+        assert not ctypes.CDLL(None).mincore(ctypes.c_void_p(at), ctypes.c_size_t(len(view)),
+                                             resident)
+    assert sum(page & 1 for page in resident) < len(resident) // 3
+
+
+@pytest.mark.parametrize("call", ["pwritev", "pwrite", "fdatasync", "fsync"])
 def test_a_full_disk_is_an_error_and_leaves_no_file(call, tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
+    if call == "fdatasync":  # only what goes through the page cache needs it
+        refused_at_open(monkeypatch)
     monkeypatch.setattr(os, call, full)
     with pytest.raises(OSError, match="No space"):
         committed(tmp_path / "full.beton", MANY, 70, True)
