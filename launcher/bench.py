@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -137,18 +138,21 @@ def _show_plan(console: Console, result: dict[str, Any]) -> None:
     names = {"strong": "batch 256 on all GPUs together", "weak": "32 images a GPU",
              "weak_256": "256 images a GPU"}
     for key, name in names.items():
-        table = Table("GPUs", "batch", "bn_batch", "step, ms", "images/s", "efficiency", "hours",
-                      "cores a GPU", "data, GB/s", "checkpoint, s", "failures", "minutes each",
-                      title=f"ResNet-50, 153.6 million images, {name}: planned, not measured")
+        table = Table(title=f"ResNet-50, 153.6 million images, {name}: planned, not measured",
+                      box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+        for heading in ("GPUs", "batch", "bn_\nbatch", "step\nms", "1,000\nimg/s", "eff.",
+                        "hours", "cores\n/GPU", "GB/s", "saves\nevery", "faults\na run",
+                        "min\neach"):
+            table.add_column(heading, justify="right", no_wrap=True)  # 12 columns fit in 80
         for row in result[key]:
             table.add_row(f"{row['gpus']:,}", f"{row['batch_size']:,}", str(row["bn_batch"]),
-                          f"{row['step_ms']:.2f}", f"{row['images_per_s']:,.0f}",
+                          f"{row['step_ms']:.2f}", f"{row['images_per_s'] / 1e3:,.1f}",
                           f"{100 * row['efficiency']:.0f}%", f"{row['hours']:.3f}",
                           f"{row['loader_cores_a_gpu']:.2f}",
                           f"{row['data_bytes_per_s'] / 1e9:,.1f}",
-                          f"{row['checkpoint_every_s']:.0f}", f"{row['failures']:.4f}",
+                          f"{row['checkpoint_every_s']:.0f} s", f"{row['failures']:.4f}",
                           f"{row['lost_minutes_a_failure']:.1f}")
-        console.print(table)
+        console.print(table, "")
     console.print(f"a batch of 256 stops scaling at {result['batch_stops_scaling_at']} GPUs: twice "
                   "as many are less than 1.5 times as fast")
 
