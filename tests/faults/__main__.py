@@ -7,8 +7,9 @@
 `--markdown` writes the table as RESULTS.md has it; `--show` makes nothing and shows the rows that
 an earlier call wrote to `--json`. `--repeat` makes every chosen fault N times, for the medians.
 
-Needs root and Debian's SLURM packages, for the faults of the cluster, and mount namespaces and a
-writable memory cgroup. Exits with 1 where anything differs from what is expected.
+Needs root and Debian's SLURM packages, for the faults of the cluster, Debian's libfaketime, and
+mount namespaces and a writable memory cgroup. Exits with 1 where anything differs from what is
+expected.
 """
 
 from __future__ import annotations

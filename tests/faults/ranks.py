@@ -16,10 +16,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from launcher.events import read_events
 from launcher.memory import _memory_cgroup
+from resnet_dist.checkpoint import read_record
 from resnet_dist.paths import RunPaths
-from tests.faults.ground import EVERY, HANG_S, STEPS, Ground, Seen, expect
+from tests.faults.ground import EVERY, HANG_S, PATIENCE_S, STEPS, Ground, Seen, expect
 from tests.unit.test_checkpoint_kills import kill_often
 
+DAY_S = 86_400
 SLACK = 5  # steps that a run makes while a checkpoint is being written
 
 
@@ -97,15 +99,28 @@ def pulses(ground: Ground) -> Seen:
 
 
 def other_clock(ground: Ground) -> Seen:
+    """Rank 0, which names and dates what is written, is a day ahead, and a day behind when it is
+    started again; rank 1 and the supervisor have the true time."""
+    expect(list(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")),
+           "not made: libfaketime missing: apt-get install --no-install-recommends libfaketime")
     whole = ground.undisturbed()
-    trial = ground.train("clock", fault="clock:0:0:1:86400,clock:1:0:1:-86400,kill:1:33:1")
-    trial.wait(lambda: trial.events("crashed") or trial.over, "the kill")
-    recover_s = trial.again(trial.events("crashed")[0]["time"])
+    trial = ground.train("clock", fault=f"clock:0:0:1:{DAY_S},kill:1:33:1,clock:0:0:2:-{DAY_S}",
+                         checkpoint={"keep_last": STEPS})
+    for attempt in (1, 2):
+        trial.wait_for_step(12 + 30 * (attempt - 1), attempt)
+        faked = ["libfaketime" in Path(f"/proc/{pid}/maps").read_text() for pid in trial.pids()]
+        expect(faked == [True, False], f"attempt {attempt}: another clock in ranks 0, 1: {faked}")
+        if attempt == 1:
+            trial.wait(lambda: trial.events("crashed") or trial.over, "the kill")
+            recover_s = trial.again(trial.events("crashed")[0]["time"])
     trial.finished()
     trial.same_as(whole)
+    for step, day in ((30, 1), (STEPS, -1)):
+        off_s = read_record(trial.run.checkpoint(step))["meta"]["time"] - time.time()
+        expect(abs(off_s - day * DAY_S) < PATIENCE_S, f"step {step} was written {off_s:.0f} s off")
     expect(trial.events("attempt")[1]["step"] == 30, "not the newest step was taken")
-    return Seen("a day ahead and behind, a kill between: newest by step, same bits", trial.redone,
-                recover_s)
+    return Seen("rank 0 a day ahead, a kill, then a day behind (libfaketime under its process; "
+                "rank 1 and supervisor true): newest by step, same bits", trial.redone, recover_s)
 
 
 def torn_curve(ground: Ground) -> Seen:
