@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -15,6 +16,8 @@ from tests.faults.daemons import Daemon
 from tests.faults.ground import EVERY, Ground, Seen, Trial, expect
 from tests.faults.ranks import SLACK
 
+REFUSED = re.compile(rf"checkpoint of step {2 * EVERY} NOT saved: OSError: .* is run by slurm job "
+                     r"\d+\.1, .* now, and not by slurm job \d+\.0,")
 SLOW = "slow:*:0:*:0.15"  # seconds a step more, so that a fault finds the run running
 
 
@@ -152,21 +155,34 @@ def lost_node(ground: Ground) -> Seen:
 
 
 def lost_slurmd(ground: Ground) -> Seen:
-    """SIGKILL of the slurmd alone, under a job of one node: its ranks live on, unseen by SLURM."""
+    """SIGKILL of the slurmd alone, under a job of one node: its ranks live on, unseen by SLURM.
+
+    The old incarnation is frozen as it is about to write its checkpoint, and goes on when the next
+    one already trains: the rank first, so that only the lease stands between it and its commit.
+    """
     whole = ground.undisturbed(1)
-    # Slow from the fault on: SLURM takes up to a minute to give the node up, and the run must not
-    # have ended by then.
-    trial = ground.submit("lost-slurmd", nodes=1, fault="slow:*:12:1:4,slow:*:0:2:0.1")
+    trial = ground.submit("lost-slurmd", nodes=1,
+                          fault=f"slow:*:0:1:0.1,late:0:{2 * EVERY}:1,slow:*:0:2:0.5")
     trial.wait_for_step(12)
     node = trial.events("started")[0]["nodes"][0]
-    old = trial.pids()[0]
+    rank, supervisor = (psutil.Process(pid) for pid in (
+        trial.pids()[0], trial.events("started")[0]["pid"]))
     slurmd = Daemon.of(ground.cluster, f"slurmd-{node}")
     at = time.time()
     slurmd.kill()
     try:
+        trial.wait(lambda: rank.status() == psutil.STATUS_STOPPED, "the old checkpoint")
+        supervisor.suspend()  # or it would end the rank as soon as it sees the other's lease
         trial.wait(lambda: len(trial.events("started")) > 1, "the next incarnation")
-        alive = psutil.pid_exists(old) or trial.step > 12
         recover_s = trial.again(at)
+        expect(trial.checkpoint == EVERY, f"checkpoint {trial.checkpoint}, not {EVERY}")
+        rank.resume()
+        trial.wait(lambda: REFUSED.search(trial.said()) or trial.checkpoint > EVERY, "the refusal")
+        expect(trial.checkpoint == EVERY, f"checkpoint {trial.checkpoint} was not refused")
+        left = [path.name for path in trial.run.checkpoints.glob("*") if str(rank.pid) in path.name]
+        expect(not left, f"the old incarnation left {left}")
+        supervisor.resume()
+        trial.wait(lambda: not rank.is_running(), "the end of the old rank")
         trial.finished()
     finally:
         slurmd.revive()
@@ -174,11 +190,11 @@ def lost_slurmd(ground: Ground) -> Seen:
     trial.same_as(whole)
     holder = trial.run.lease.read_text()
     expect(f"slurm job {trial.job}.1," in holder, holder)
-    said = trial.said()
-    expect("runs this run now" in said, "the old incarnation did not notice")
-    expect(not psutil.pid_exists(old), "the old rank lives")
-    return Seen(f"the ranks {'lived on' if alive else 'had ended'}; the next incarnation took the "
-                "lease, the old one ended without a commit, same bits", trial.redone, recover_s)
+    expect("runs this run now" in trial.said(), "the old incarnation did not notice")
+    expect(not trial.events("exit") + trial.events("crashed"), trial.events()[-5:])
+    return Seen(f"the rank lived on; the next incarnation took the lease; the old one's commit of "
+                f"step {2 * EVERY} was refused, and it ended; nothing of it is there, same bits",
+                trial.redone, recover_s)
 
 
 def lost_controller(ground: Ground) -> Seen:

@@ -144,6 +144,21 @@ def torn(step: int, value: float) -> None:
     CheckpointWriter.save = save  # type: ignore[method-assign]
 
 
+def late(step: int, value: float) -> None:
+    """SIGSTOP just before the checkpoint of `step` is written; whoever continues it decides when
+    it is committed."""
+    from resnet_dist.checkpoint import CheckpointWriter
+
+    plain = CheckpointWriter.save
+
+    def save(self: Any, at: int, state: Any, meta: Any) -> None:
+        if at == step:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        plain(self, at, state, meta)
+
+    CheckpointWriter.save = save  # type: ignore[method-assign]
+
+
 if "resnet_dist.train" in sys.orig_argv:
     for _kind, _step, _value in mine():
         globals()[_kind](_step, _value)
