@@ -8,7 +8,7 @@ SOURCES := pyproject.toml constraints.txt install.sh setup.py \
 help:
 	@echo 'make quickstart  convert, train, kill, resume, evaluate on real images: a few minutes'
 	@echo 'make test        the whole test suite, real SLURM included where root'
-	@echo 'make faults      36 faults on real runs and a real SLURM, as root: half an hour;'
+	@echo 'make faults      36 faults on real runs and a real SLURM, as root, with libfaketime: half an hour;'
 	@echo '                 FAULTS="--json rows.json --markdown table.md" keeps the table'
 	@echo 'make lint        ruff and mypy'
 
