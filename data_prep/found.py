@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -69,6 +69,15 @@ class Reader(Protocol):
 
     def read(self, name: str, container: int, offset: int, size: int) -> bytes | np.ndarray:
         """The encoded file, or uint8 RGB [height, width, 3]. Raises: Unreadable."""
+        ...
+
+
+@runtime_checkable
+class ReadsAhead(Protocol):
+    """A reader whose next images do not lie one after another, where the kernel would see it."""
+
+    def soon(self, name: str, container: int) -> None:
+        """Let the disk begin with an image that will be read soon. Never waits for it, or fails."""
         ...
 
 

@@ -21,11 +21,12 @@ import xxhash
 from data_prep import jpeg
 from data_prep.beton import Stored, write_atomically
 from data_prep.draft import Draft
-from data_prep.found import Reader, Unreadable
+from data_prep.found import Reader, ReadsAhead, Unreadable
 from data_prep.images import Encoding, encode
 from data_prep.jpeg import JpegError
 from data_prep.plan import Plan, ShardId
 
+AHEAD = 8  # images that the disk is asked for before they are needed
 SMALL_IMAGE_PIXELS = 128 * 128  # up to here a per-pixel mean is kept
 
 
@@ -98,8 +99,12 @@ def _encode_into(draft: Draft, plan: Plan, shard: ShardId, rows: np.ndarray, nam
     per_pixel: np.ndarray | None = None
     places = zip(rows["container"].tolist(), rows["offset"].tolist(), rows["size"].tolist(),
                  rows["label"].tolist(), names, strict=True)
+    soon = reader.soon if isinstance(reader, ReadsAhead) else None
+    ahead = zip(names[AHEAD:], rows["container"][AHEAD:].tolist(), strict=True)
     for container, offset, size, label, name in places:
         tick(name)
+        if soon and (following := next(ahead, None)):
+            soon(*following)
         try:
             image = encode(reader.read(name, container, offset, size), encoding, name)
             pixels = None

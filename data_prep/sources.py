@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,10 +89,13 @@ class FileReader:
     def __init__(self, reader: dict[str, Any], max_bytes: int) -> None:
         self._roots: list[str] = reader["containers"]
         self._max_bytes = max_bytes
+        self._opened: dict[tuple[int, str], int] = {}  # by `soon`, not read yet
 
     def read(self, name: str, container: int, offset: int, size: int) -> bytes:
         try:
-            handle = os.open(os.path.join(self._roots[container], name), os.O_RDONLY | os.O_CLOEXEC)
+            handle = self._opened.pop((container, name), -1)
+            if handle < 0:
+                handle = self._open(name, container)
             try:
                 length = os.fstat(handle).st_size
                 refuse_size(length, self._max_bytes)
@@ -103,6 +107,19 @@ class FileReader:
                 os.close(handle)
         except OSError as error:
             raise Unreadable(f"cannot be read: {error.strerror}") from None
+
+    def soon(self, name: str, container: int) -> None:
+        with suppress(OSError):  # `read` will say so
+            if (container, name) not in self._opened:
+                handle = self._opened[container, name] = self._open(name, container)
+                os.posix_fadvise(handle, 0, self._max_bytes, os.POSIX_FADV_WILLNEED)
+
+    def _open(self, name: str, container: int) -> int:
+        return os.open(os.path.join(self._roots[container], name), os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:  # of a conversion that was given up
+        for handle in self._opened.values():
+            os.close(handle)
 
 
 def open_source(source: str) -> Source:
