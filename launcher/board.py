@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 import socket
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from resnet_dist.paths import RunPaths
 
 def run_tensorboard(console: Console, names: list[str], runs: str, port: int, *,
                     everyone: bool = False, as_json: bool = False) -> int:
-    """TensorBoard over the named runs (all of them where none is), until Ctrl-C.
+    """TensorBoard over the named runs (all of them where none is), until Ctrl-C or SIGTERM.
 
     Args:
         everyone: listen on every interface, for whoever reaches this machine.
@@ -44,10 +45,14 @@ def run_tensorboard(console: Console, names: list[str], runs: str, port: int, *,
         _tell(console, address, command, port if everyone else None)
     command_line = [sys.executable, "-m", "tensorboard.main", *where, "--port", str(port),
                     "--host", host]
-    try:
-        return subprocess.run(command_line).returncode
-    except KeyboardInterrupt:
-        return 0
+    with subprocess.Popen(command_line) as board:
+        usual = signal.signal(signal.SIGTERM, lambda *_: board.terminate())
+        try:
+            return max(board.wait(), 0)
+        except KeyboardInterrupt:
+            return 0
+        finally:
+            signal.signal(signal.SIGTERM, usual)
 
 
 def _tell(console: Console, address: str, command: str, open_port: int | None) -> None:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,9 @@ def type_in(command: str, shown: list[str], folder: Path) -> None:
 
 def serve(words: list[str], shown: list[str], folder: Path) -> None:
     """TensorBoard, as over SSH: it must say how to reach it, be there, and end at Ctrl-C."""
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "launcher.cli", *words], cwd=folder, text=True,
+    process = subprocess.Popen(  # a shell's background job, as these tests may be, ignores Ctrl-C
+        ["env", "--default-signal=INT", sys.executable, "-u", "-m", "launcher.cli", *words],
+        cwd=folder, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, process_group=0,
         env={**os.environ, "COLUMNS": "80", "PYTHONPATH": str(ROOT), "USER": "me",
              "SSH_CONNECTION": "laptop 51000 login1 22"})
@@ -117,7 +119,11 @@ def serve(words: list[str], shown: list[str], folder: Path) -> None:
                 time.sleep(0.2)
     finally:
         os.killpg(process.pid, signal.SIGINT)
-        process.communicate(timeout=30)
+        try:
+            process.communicate(timeout=30)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0
 
 

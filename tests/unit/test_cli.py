@@ -1,10 +1,10 @@
 """The command as a user meets it: help at once, mistakes told at once, no traceback."""
 
-import argparse
 import json
 import re
 import resource
 import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +88,8 @@ def test_train_tells_in_json_what_became_of_it(
 def test_tensorboard_tells_address_and_tunnel_in_json(
         tmp_path: Path, everyone: bool, monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("launcher.board.subprocess.run", lambda words: argparse.Namespace(
-        returncode=0))
+    start = subprocess.Popen
+    monkeypatch.setattr("launcher.board.subprocess.Popen", lambda words: start(["true"]))
     monkeypatch.setenv("SSH_CONNECTION", "laptop 51000 login1 22")
     monkeypatch.setenv("USER", "me")
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
