@@ -79,7 +79,8 @@ def watch(run: RunPaths, steps: int) -> int:
 
 def last_step_of(run: RunPaths) -> int:
     """Newest step that a rank reported in its heartbeat."""
-    return max((int(path.read_text().split()[1]) for path in run.heartbeats.iterdir()), default=0)
+    return max((int(path.read_text().split()[1]) for path in run.heartbeats.glob("rank_*")),
+               default=0)
 
 
 def report(run: RunPaths, killed_at: int, seconds: float) -> int:

@@ -282,6 +282,8 @@ class Heart:
         self._path = run.heartbeat(world.rank)
         self._path.parent.mkdir(exist_ok=True)
         self._attempt = os.environ.get("RESNET_DIST_ATTEMPT", "0")
+        # Its own name: for a moment an incarnation and the one that takes over both beat.
+        self._temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
         self._last = float("-inf")
 
     def beat(self, step: int) -> None:
@@ -290,9 +292,8 @@ class Heart:
         if now - self._last < 0.1:
             return
         self._last = now
-        temporary = self._path.with_name(f".{self._path.name}.tmp")
-        temporary.write_text(f"{self._attempt} {step}\n")
-        os.replace(temporary, self._path)
+        self._temporary.write_text(f"{self._attempt} {step}\n")
+        os.replace(self._temporary, self._path)
 
 
 def main(arguments: list[str]) -> NoReturn:

@@ -39,7 +39,7 @@ def work(root: Path) -> int:
     while step < plan["steps"]:
         time.sleep(STEP_S)
         step += 1
-        temporary = root / "heartbeats" / f".{rank}.tmp"
+        temporary = root / "heartbeats" / f".{rank}.{os.getpid()}.tmp"
         temporary.write_text(f"{attempt} {step}\n")
         temporary.rename(root / "heartbeats" / f"rank_{rank:04d}")
         if step == fault.get("step"):
