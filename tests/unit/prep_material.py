@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import io
+import mmap
 import pickle
 import tarfile
 from pathlib import Path
@@ -106,3 +108,12 @@ def named(dst: Path, split: str) -> list[tuple[str, bytes]]:
     """(class name, pixels) of every sample, sorted: what a data set holds, whatever its order."""
     classes = load_manifest(dst).classes
     return sorted((classes[label], pixels.tobytes()) for label, pixels in read_back(dst, split))
+
+
+def resident(path: Path) -> float:
+    """Share of a file that lies in the page cache."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE) as view:
+        pages = (ctypes.c_ubyte * -(-len(view) // mmap.PAGESIZE))()
+        at = np.frombuffer(view, np.uint8).ctypes.data
+        assert not ctypes.CDLL(None).mincore(ctypes.c_void_p(at), ctypes.c_size_t(len(view)), pages)
+    return sum(page & 1 for page in pages) / len(pages)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import hashlib
-import mmap
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from data_prep import draft
 from data_prep.beton import MODE_RAW, SMALL_SHARD, USUAL_PAGE, Stored, read_index
 from data_prep.draft import Draft
+from tests.unit.prep_material import resident
 
 
 def images(count: int, size: int) -> list[Stored]:
@@ -89,12 +87,7 @@ def test_most_of_a_shard_never_enters_the_page_cache(tmp_path):
         os.close(os.open(path, os.O_WRONLY | os.O_DIRECT))
     except OSError:
         pytest.skip("the file system cannot write past the page cache")
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE) as view:
-        at = np.frombuffer(view, np.uint8).ctypes.data
-        resident = (ctypes.c_ubyte * -(-len(view) // mmap.PAGESIZE))()
-        assert not ctypes.CDLL(None).mincore(ctypes.c_void_p(at), ctypes.c_size_t(len(view)),
-                                             resident)
-    assert sum(page & 1 for page in resident) < len(resident) // 3
+    assert resident(path) < 1 / 3
 
 
 @pytest.mark.parametrize("call", ["pwritev", "pwrite", "fdatasync", "fsync"])

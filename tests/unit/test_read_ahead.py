@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from data_prep.convert import convert
 from data_prep.found import Unreadable
 from data_prep.shards import AHEAD
 from data_prep.sources import FileReader
-from tests.unit.prep_material import make_tree, options
+from tests.unit.prep_material import make_tree, options, resident
 
 
 def reader_of(root: Path) -> FileReader:
     return FileReader({"reader": "files", "containers": [str(root)]}, 1 << 20)
-
-
-def resident(path: Path) -> float:
-    """Share of a file that lies in the page cache."""
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE) as view:
-        pages = (ctypes.c_ubyte * -(-len(view) // mmap.PAGESIZE))()
-        at = np.frombuffer(view, np.uint8).ctypes.data
-        assert not ctypes.CDLL(None).mincore(ctypes.c_void_p(at), ctypes.c_size_t(len(view)), pages)
-    return sum(page & 1 for page in pages) / len(pages)
 
 
 def forget(path: Path) -> None:
