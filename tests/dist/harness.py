@@ -32,13 +32,15 @@ class RankFailed(AssertionError):
 
 
 def run_ranks(work: Callable[..., Any], world: int, *arguments: Any, timeout: float = 120,
-              environment: dict[str, str] | None = None) -> list[Any]:
+              environment: dict[str, str] | None = None, fresh: bool = False) -> list[Any]:
     """Call `work(*arguments)` in `world` processes; their results in rank order.
 
     `work` must be importable (a module's function), arguments and results picklable. The
     environment has what a launcher sets (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*).
+    fresh: processes that have imported nothing yet, for what DeepSpeed reads when imported.
     Raises: RankFailed, with what every rank wrote.
     """
+    context = multiprocessing.get_context("spawn") if fresh else _context
     folder = Path(tempfile.mkdtemp(prefix="ranks-"))
     port = _free_port()
     # Pickled here, whole: multiprocessing would pass tensors as shared memory of a process that
@@ -46,11 +48,11 @@ def run_ranks(work: Callable[..., Any], world: int, *arguments: Any, timeout: fl
     content = pickle.dumps((work, arguments))
     processes, pipes = [], []
     for rank in range(world):
-        receive, send = _context.Pipe(duplex=False)
+        receive, send = context.Pipe(duplex=False)
         variables = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank),
                      "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
                      "MASTER_PORT": str(port), **(environment or {})}
-        process = _context.Process(target=_child, daemon=True, args=(
+        process = context.Process(target=_child, daemon=True, args=(
             send, folder / f"rank_{rank}", variables, content))
         process.start()
         send.close()
