@@ -4,8 +4,13 @@ import itertools
 import re
 from pathlib import Path
 
+import pytest
+
+from resnet_dist.config import load_config
+
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
+PAPERS = (ROOT / "docs" / "papers.md").read_text()
 
 
 def expand(pattern: str) -> set[str]:
@@ -35,3 +40,28 @@ def test_every_verb_it_shows_exists() -> None:
              for command in app.registered_commands if command.callback}
     shown = set(re.findall(r"resnet-dist ([a-z]+)\b", README))
     assert shown <= verbs, shown - verbs
+
+
+def test_every_recipe_that_the_papers_guide_names_exists() -> None:
+    present = {path.stem for path in (ROOT / "configs").rglob("*.yaml")}
+    named = set()
+    for word in re.findall(r"`([^` ]+)`", PAPERS):
+        if word.startswith("configs/") or re.search(r"_(he201|goyal|ffcv|torchvision|timm)", word):
+            files = expand(word)
+            named |= {Path(file).stem for file in files}
+            assert all((ROOT / file).exists() for file in files if "/" in file), word
+    assert named <= present, named - present
+    assert len(named) > 40
+
+
+@pytest.mark.parametrize("row", ["table 1, shortcuts", "table 2, activations"])
+def test_the_experiments_of_2016_that_the_papers_guide_names_are_accepted(row: str) -> None:
+    line, = (line for line in PAPERS.splitlines() if line.startswith(f"| {row}"))
+    key, first = re.findall(r"`(model\.(?!gate)\w+)=(\w+)`", line)[0]
+    values = [first, *re.findall(r"`(\w+)`", line.split(f"{key}={first}`")[1])]
+    assert len(values) >= 4
+    for value in values:
+        gate = ["model.gate_bias=-6"] if value.endswith("gating") else []
+        config = load_config(ROOT / "configs/cifar10/resnet110_he2016.yaml",
+                             [f"{key}={value}", *gate])
+        assert value in (config.model.shortcut, config.model.activation)
