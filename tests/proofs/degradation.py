@@ -35,8 +35,8 @@ def command(model: str, data: str, runs: Path, steps: int) -> list[str]:
     return ["resnet-dist", "train", str(RECIPES / f"{model}.yaml"), f"data={data}",
             f"runs={runs}", f"steps={steps}",
             f"schedule.milestones=[{steps // 2},{steps * 3 // 4}]",
-            f"schedule.warmup_steps={steps // 20}", "eval.every_steps=1000", "checkpoint.every_steps=500", "launch.cpus_per_rank=1",
-            "threads=1"]
+            f"schedule.warmup_steps={steps // 20}", "eval.every_steps=1000",
+            "checkpoint.every_steps=500", "launch.cpus_per_rank=1", "threads=1"]
 
 
 def finished(run: RunPaths, steps: int) -> bool:
