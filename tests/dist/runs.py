@@ -80,3 +80,23 @@ def digest(state: EngineState, *, ranks: bool = True) -> str:
 
 def join(config: Config) -> World:
     return distributed.init_world(config)
+
+
+def momentum(state: EngineState) -> torch.Tensor:
+    """All of it as one vector; after one step without decay, the gradient."""
+    keys = sorted(key for key in state.optimizer if key.startswith("momentum_buffer/"))
+    return torch.cat([state.optimizer[key].reshape(-1) for key in keys])
+
+
+def after_an_overflow(values: dict[str, Any]) -> list[torch.Tensor]:
+    """A weight before and after an fp16 step that overflows, and the loss's scale after it."""
+    world = join(make_config(1, **values))
+    engine = build(make_config(world.size, batch_size=8, bn_batch=4, **values), world)
+    train(engine, 0, 1)
+    state = engine.state()
+    state.optimizer["scaler/scale"] = torch.tensor(2.0 ** 120)
+    engine.load(state)
+    train(engine, 1, 2)
+    after = engine.state()
+    return [state.model["conv1.weight"], after.model["conv1.weight"],
+            after.optimizer["scaler/scale"]]

@@ -13,7 +13,15 @@ from resnet_dist import checkpoint
 from resnet_dist.checkpoint import EngineState
 from resnet_dist.paths import RunPaths
 from tests.dist.harness import run_ranks
-from tests.dist.runs import build, digest, join, make_config, train
+from tests.dist.runs import (
+    after_an_overflow,
+    build,
+    digest,
+    join,
+    make_config,
+    momentum,
+    train,
+)
 
 ENGINES: list[dict[str, Any]] = [{"engine": "ddp"}] + [
     {"engine": "deepspeed", "zero_stage": stage} for stage in (0, 1, 2)]
@@ -50,23 +58,9 @@ def test_resume_equals_uninterrupted(values: dict[str, Any], tmp_path: Path) -> 
         assert straight == resumed == results[0][0]
 
 
-def loss_scale(values: dict[str, Any]) -> list[torch.Tensor]:
-    """Weights before and after a step that overflows, and the scale after it."""
-    world = join(make_config(1))
-    engine = build(make_config(world.size, batch_size=8, bn_batch=4, **values), world)
-    train(engine, 0, 1)
-    state = engine.state()
-    state.optimizer["scaler/scale"] = torch.tensor(2.0 ** 120)
-    engine.load(state)
-    train(engine, 1, 2)
-    after = engine.state()
-    return [state.model["conv1.weight"], after.model["conv1.weight"],
-            after.optimizer["scaler/scale"]]
-
-
 @pytest.mark.parametrize("values", [ENGINES[0], ENGINES[2]], ids=["ddp", "zero1"])
 def test_fp16_skips_an_overflow_on_every_rank_and_halves_the_scale(values: dict[str, Any]) -> None:
-    for before, after, scale in run_ranks(loss_scale, 2, {**values, "precision": "fp16"}):
+    for before, after, scale in run_ranks(after_an_overflow, 2, {**values, "precision": "fp16"}):
         assert torch.equal(before, after)
         assert scale == 2.0 ** 119
 
@@ -93,11 +87,6 @@ def one_step(values: dict[str, Any]) -> tuple[EngineState, dict[str, float]]:
                                log={"every_steps": 1}), world)
     train(engine, 0, 1)
     return engine.state(), engine.norms()
-
-
-def momentum(state: EngineState) -> torch.Tensor:
-    keys = sorted(key for key in state.optimizer if key.startswith("momentum_buffer/"))
-    return torch.cat([state.optimizer[key].reshape(-1) for key in keys])
 
 
 def test_first_gradients_of_all_engines_agree() -> None:

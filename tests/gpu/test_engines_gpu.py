@@ -15,10 +15,9 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("torch sees no GPU", allow_module_level=True)
 
-from resnet_dist.checkpoint import EngineState
 from resnet_dist.engine_core import Engine
 from tests.dist.harness import run_ranks
-from tests.dist.runs import build, digest, join, make_config, train
+from tests.dist.runs import after_an_overflow, build, digest, join, make_config, momentum, train
 
 ENGINES: dict[str, dict[str, Any]] = {
     "ddp": {}, "recorded": {"cuda_graphs": True}, "exact": {"mode": "exact"},
@@ -35,11 +34,6 @@ def on_gpu(work: Any, *arguments: Any) -> Any:
 def engine_of(**values: Any) -> Engine:
     config = make_config(1, **{"device": "cuda", **values})
     return build(config, join(config))
-
-
-def momentum(state: EngineState) -> torch.Tensor:
-    keys = sorted(key for key in state.optimizer if key.startswith("momentum_buffer/"))
-    return torch.cat([state.optimizer[key].reshape(-1) for key in keys])
 
 
 def apart(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -110,21 +104,9 @@ def test_a_checkpoint_crosses_devices(writer: str, reader: str) -> None:
     assert difference < 1e-3
 
 
-def after_overflow(values: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """A weight before and after a step that overflows, and the scale after it."""
-    engine = engine_of(**values, precision="fp16")
-    train(engine, 0, 1)
-    state = engine.state()
-    state.optimizer["scaler/scale"] = torch.tensor(2.0 ** 120)
-    engine.load(state)
-    train(engine, 1, 2)
-    after = engine.state()
-    return (state.model["conv1.weight"], after.model["conv1.weight"],
-            float(after.optimizer["scaler/scale"]))
-
-
 @pytest.mark.parametrize("name", ["ddp", "recorded", "zero0", "zero1"])
 def test_fp16_skips_an_overflow_and_halves_the_scale(name: str) -> None:
-    before, after, scale = on_gpu(after_overflow, ENGINES[name])
+    before, after, scale = on_gpu(
+        after_an_overflow, {"device": "cuda", "precision": "fp16", **ENGINES[name]})
     assert torch.equal(before, after)
     assert scale == 2.0 ** 119

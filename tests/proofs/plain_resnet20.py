@@ -7,8 +7,8 @@ BatchNorm over 64 images (two GPUs), SGD 0.1 with momentum 0.9 and decay 1e-4 on
 divided by 10 at half and three quarters, 4-pixel padding, random crop and flip, per-pixel mean,
 shortcuts of option A; bfloat16 where the CPU has it, otherwise float32. Two processes stand for the
 paper's two GPUs; one process (python instead of torchrun) takes both halves of a batch in turn.
-About 2.3 hours on 2 cores with bf16 instructions, 6 without. Its state is saved every 1,000 steps;
-the same command goes on, and once it has finished, prints all errors again.
+Perhaps 2.3 hours on 2 cores with bf16 instructions, 6 without. Its state is saved every 1,000
+steps; the same command goes on, and once it has finished, prints all errors again.
 """
 
 from __future__ import annotations
@@ -122,6 +122,8 @@ def mean_over_ranks(net: nn.Module) -> None:
 
 def main() -> None:
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if ranks > 2:
+        raise SystemExit(f"WORLD_SIZE = {ranks}: a batch has two halves; use at most 2 processes")
     if ranks > 1:
         dist.init_process_group("gloo")
         torch.set_num_threads(1)
