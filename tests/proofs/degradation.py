@@ -45,8 +45,8 @@ def finished(run: RunPaths, steps: int) -> bool:
 
 
 def train(models: tuple[str, ...], asked: argparse.Namespace) -> int:
-    """One network after the other; the exit code of the first that fails, or 0."""
-    for model in models:
+    """The deepest network first; the exit code of the first that fails, or 0."""
+    for model in reversed(models):
         if finished(RunPaths(asked.runs / f"{asked.prefix}{model}"), asked.steps):
             continue
         done = subprocess.run([*command(model, asked.data, asked.runs, asked.steps),

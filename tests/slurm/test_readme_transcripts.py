@@ -1,8 +1,9 @@
 """The README's examples, typed one after the other on the local SLURM.
 
 A command stands behind `$ `, what it printed below it. A line of output holds when the command
-prints it again, numbers, times and paths apart; `...` stands for what is left out. Commands
-that only look are repeated until what they show is what the README shows: a job takes its time.
+prints it again, numbers, times, paths and precision apart; `...` stands for what is left out.
+Commands that only look are repeated until what they show is what the README shows: a job takes its
+time.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ def skeleton(line: str) -> str:
     """What stays the same from run to run."""
     line = re.sub(r"[┏┓┗┛┡┩┃│━─┴┬┼└┘╇┳┻├┤]", " ", line)
     line = re.sub(r"/[\w./-]+/", "PATH/", line)
+    line = re.sub(r"\b(bf16|fp16|fp32)\b", "PRECISION", line)  # of `auto`: the machine's
     line = re.sub(r"\b\d+[dhms]\d*[hms]?\b|[\d][\d,.:%T-]*|-(?=\s)", "#", line)
     return " ".join(line.split())
 
@@ -64,11 +66,12 @@ def home(slurm: Any, digits: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_skeleton_forgets_numbers_and_paths_alone() -> None:
+def test_a_skeleton_forgets_numbers_paths_and_precision_alone() -> None:
     assert skeleton("│ digits │ running │ 37 / 100 │ - │ 24s │ 1.852 │") == \
         skeleton("│ digits │ running │ 9 / 100 │ 51.2 │ 1m05s │ 0.1 │")
     assert skeleton("submitted  job 3, run directory /home/me/runs/a") == \
         skeleton("submitted  job 41, run directory /tmp/x/runs/a")
+    assert skeleton("20 steps of 128 images in fp32") == skeleton("9 steps of 8 images in bf16")
     assert skeleton("a │ running") != skeleton("a │ failed")
 
 

@@ -127,13 +127,19 @@ def test_uniforms_are_uniform_and_normals_normal():
     assert abs(np.corrcoef(z.T) - np.eye(3)).max() < 0.02
 
 
-def test_imagenet_permutation_takes_under_fifty_milliseconds():
-    took = []
-    for epoch in range(5):
+def test_the_permutation_of_imagenet_costs_little_more_than_one_sort():
+    """25 to 75 ms, as the machine's vector instructions have it: bounded by NumPy's own sort."""
+    def seconds(work):
         start = time.thread_time()
-        _permutation(0, epoch, 1_281_167)
-        took.append(time.thread_time() - start)
-    assert min(took) < 0.05
+        work()
+        return time.thread_time() - start
+
+    n = 1_281_167
+    drawn = np.random.Philox(key=1).random_raw(n)
+    pairs = [(seconds(lambda epoch=epoch: _permutation(0, epoch, n)),
+              seconds(drawn.copy().sort)) for epoch in range(5)]
+    took, one_sort = map(min, zip(*pairs, strict=True))
+    assert took < 2 * one_sort + 0.02
 
 
 def ra_sampler(order: list[int], repeats: int, world: int) -> list[list[int]]:
