@@ -6,7 +6,7 @@ Trains plain-20, plain-56, ResNet-20 and ResNet-56 for 8,000 iterations of 128 i
 the published schedule, milestones likewise) and draws their curves. The first twentieth warms up to
 the rate: without it ResNet-56's loss jumps to 5 in the first steps, and at step 5,000 it is still
 behind ResNet-20 (RESULTS.md). A plain and a residual network train at a time, one core each.
-Killed, the same command goes on; `--allow code` where the code has changed in between. About 2.2
+Killed, the same command goes on; `--allow code` where the code has changed in between. About 2
 hours on 2 cores with bf16 instructions.
 """
 
