@@ -106,7 +106,7 @@ def note_crash(run: RunPaths, attempt: int, cause: str, max_restarts: int, **mor
 
 def requeue(run: RunPaths, place: Place, why: str, grace_s: float) -> Outcome:
     """Ask SLURM for another incarnation, by command or, where it does not obey, by exit code."""
-    obeyed = scheduler.requeue(place.job, patience_s=0.15 * grace_s)
+    obeyed = scheduler.requeue(place.job, place.restart, patience_s=0.15 * grace_s)
     record(run, "requeued", how="scontrol requeue" if obeyed else "exit code", why=why)
     return Outcome("requeued" if obeyed else "requeue", why)
 
@@ -126,7 +126,7 @@ def decide(facts: JobFacts | None, restart: int, warned: bool) -> str:
     """
     if facts is None:
         return "SLURM does not answer; it decides"
-    if facts.restarts > restart or facts.state in ("PENDING", "REQUEUED", "NODE_FAIL", "PREEMPTED"):
+    if facts.given_up(restart):
         return "requeued"
     if facts.state == "RUNNING" and (facts.preempted or warned):
         return "requeue"

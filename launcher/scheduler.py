@@ -32,10 +32,15 @@ class JobFacts:
     restarts: int
     preempted: bool  # within GraceTime: warned, still running, soon to be requeued
 
+    def given_up(self, restart: int) -> bool:
+        """Whether SLURM has ended the incarnation of that restart count, to start another."""
+        return self.restarts > restart or self.state in (
+            "PENDING", "REQUEUED", "NODE_FAIL", "PREEMPTED")
 
-def job_facts(job: str) -> JobFacts | None:
+
+def job_facts(job: str, timeout_s: float = 5) -> JobFacts | None:
     """None where SLURM does not answer."""
-    text = ask(["scontrol", "show", "job", "--oneliner", job], 5)
+    text = ask(["scontrol", "show", "job", "--oneliner", job], timeout_s)
     if text is None:
         return None
     values = dict(re.findall(r"(\w+)=(\S*)", text))
@@ -43,13 +48,23 @@ def job_facts(job: str) -> JobFacts | None:
                     values.get("PreemptTime", "None") not in ("None", ""))
 
 
-def requeue(job: str, patience_s: float) -> bool:
-    """Put the job, which is ours and runs, back into the queue; False when SLURM did not obey."""
+def requeue(job: str, restart: int, patience_s: float) -> bool:
+    """Put the job, which is ours and runs, back into the queue; False when SLURM did not obey.
+
+    A controller that is busy obeys a request whose sender has lost patience, and refuses the next
+    one: after each try that did not work the job's restart count tells.
+
+    Args:
+        restart: restart count of this incarnation.
+    """
     deadline, pause = time.monotonic() + patience_s, 0.5
     # Without its controller or munge, scontrol itself waits long: a try must leave time for others.
     try_s = min(10.0, max(1.0, 0.4 * patience_s))
     while True:
         if ask(["scontrol", "requeue", job], try_s) is not None:
+            return True
+        facts = job_facts(job, min(try_s, max(1.0, deadline - time.monotonic())))
+        if facts and facts.given_up(restart):
             return True
         if time.monotonic() + pause > deadline:
             return False

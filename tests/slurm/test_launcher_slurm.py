@@ -6,6 +6,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from resnet_dist.config import ConfigError
 from tests.conftest import ROOT
 
 RECIPE = ROOT / "configs" / "digits" / "quickstart.yaml"
+PATIENT = {"grace_s": 200}  # 30 s for `scontrol requeue`: a busy machine's controller may need them
 
 
 @dataclass
@@ -40,7 +43,7 @@ def signalled(slurm, tmp_path_factory) -> Signalled:
     """Four jobs side by side, each ended or requeued in its own way."""
     folder = tmp_path_factory.mktemp("signalled")
     jobs = Signalled(SlurmRun(folder / "requeued", nodes=2, ranks=1),
-                     SlurmRun(folder / "warned", nodes=2, ranks=1),
+                     SlurmRun(folder / "warned", nodes=2, ranks=1, **PATIENT),
                      SlurmRun(folder / "cancelled", nodes=2, ranks=1, steps=20_000),
                      SlurmRun(folder / "asked", nodes=2, ranks=1, steps=20_000))
     for each in vars(jobs).values():
@@ -95,8 +98,8 @@ def test_pickles_logs_and_secret_are_the_owners_alone(signalled):
 def test_tasks_of_an_array_are_requeued_one_by_one(slurm, tmp_path, monkeypatch):
     monkeypatch.setattr(campaign, "TrainJob", stand_in.StandInJob)
     monkeypatch.setenv("PYTHONPATH", str(UNIT))
-    made = [stand_in.make_run(tmp_path / f"task{number}", ranks=1, steps=300, cpus_per_rank=1)
-            for number in range(2)]
+    made = [stand_in.make_run(tmp_path / f"task{number}", ranks=1, steps=300, cpus_per_rank=1,
+                              **PATIENT) for number in range(2)]
     order = campaign.Order(RECIPE, sweep=("seed=0,1",))
     jobs = campaign._queue(order, [config for _, config in made], [run for run, _ in made], "s", ())
     tasks = [SlurmRun.of(run, job) for (run, _), job in zip(made, jobs, strict=True)]
@@ -116,8 +119,8 @@ def test_tasks_of_an_array_are_requeued_one_by_one(slurm, tmp_path, monkeypatch)
 
 def test_preempted_jobs_save_and_continue(slurm, tmp_path):
     """Without grace the signal comes with the requeue; with grace, 20 s before."""
-    runs = [SlurmRun(tmp_path / partition, nodes=2, ranks=1, steps=500, partition=partition)
-            for partition in ("main", "grace")]
+    runs = [SlurmRun(tmp_path / partition, nodes=2, ranks=1, steps=500, partition=partition,
+                     **PATIENT) for partition in ("main", "grace")]
     for run in runs:
         run.wait_for_step(15)
     ask("sbatch", "-p", "high", "-N4", "-c2", "-o", "/dev/null", "--wrap", "true")
@@ -127,6 +130,27 @@ def test_preempted_jobs_save_and_continue(slurm, tmp_path):
         assert [e["how"] for e in run.events("requeued")] == [how]
         (saved,) = run.events("saved")
         assert run.events("attempt")[1]["step"] == saved["step"] >= 15
+
+
+def test_a_requeue_is_known_to_have_worked_though_the_controller_was_late(slurm, tmp_path):
+    """Its first command is given up before the controller obeys it; SLURM refuses the second."""
+    run = SlurmRun(tmp_path / "late", nodes=1, ranks=1, steps=200)  # 3.6 s a try
+    run.wait_for_step(15)
+    with paused(slurm.pid("slurmctld")):
+        os.kill(run.events("started")[0]["pid"], signal.SIGUSR2)
+        run.wait(lambda: "timed out" in run.said())
+    run.wait_until_over()
+    assert [e["how"] for e in run.events("requeued")] == ["scontrol requeue"]
+    assert run.states() == ["REQUEUED", "COMPLETED"]
+
+
+@contextmanager
+def paused(pid: int) -> Iterator[None]:
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 def test_the_time_limit_is_met_by_a_save_and_a_requeue(slurm, tmp_path):
