@@ -267,15 +267,16 @@ start_munge() {
 start_mariadb() {
     local password; password=$(cat "$PREFIX/etc/db.password")
     if [ ! -f "$PREFIX/db/ready" ]; then
-        find "$PREFIX/db" -mindepth 1 -delete
-        mariadb-install-db --no-defaults --user=root --datadir="$PREFIX/db" --skip-test-db \
-            --auth-root-authentication-method=socket --innodb-log-file-size=8M \
-            >"$LOG/mariadb-install.log" 2>&1 || die "mariadb-install-db failed: $(tail -n 3 "$LOG/mariadb-install.log")"
+        install_database || {
+            say "mariadb-install-db failed; trying once more. It said:"
+            why_no_database >&2
+            install_database || die "mariadb-install-db failed twice: $(why_no_database)"
+        }
     fi
     start mariadbd "" mariadbd --no-defaults --user=root --datadir="$PREFIX/db" \
         --socket="$RUN/mariadb.socket" --bind-address=127.0.0.1 --port="$PORT_DB" \
         --skip-name-resolve --innodb-buffer-pool-size=64M --innodb-log-file-size=8M \
-        --innodb-lock-wait-timeout=900 --innodb-flush-log-at-trx-commit=2 \
+        --innodb-lock-wait-timeout=900 --innodb-flush-log-at-trx-commit=2 --innodb-use-native-aio=0 \
         --pid-file="$RUN/mariadbd.own.pid"
     wait_for mariadbd 30 sql "SELECT 1"
     [ -f "$PREFIX/db/ready" ] && return 0
@@ -283,6 +284,21 @@ start_mariadb() {
          CREATE USER IF NOT EXISTS 'slurm'@'127.0.0.1' IDENTIFIED BY '$password';
          GRANT ALL ON slurm_acct.* TO 'slurm'@'127.0.0.1';"
     touch "$PREFIX/db/ready"
+}
+
+# No native asynchronous I/O, here and in the server: io_uring and libaio draw on limits of the
+# whole machine, which others may have used up, and tables this small gain nothing by them.
+install_database() {
+    find "$PREFIX/db" -mindepth 1 -delete
+    mariadb-install-db --no-defaults --user=root --datadir="$PREFIX/db" --skip-test-db \
+        --auth-root-authentication-method=socket --innodb-log-file-size=8M \
+        --innodb-buffer-pool-size=16M --innodb-use-native-aio=0 >"$LOG/mariadb-install.log" 2>&1
+}
+
+# Its log ends with a page of general advice; the reason stands before it.
+why_no_database() {
+    grep -m 6 -E "ERROR|signal|what\(\)" "$LOG/mariadb-install.log" || head -n 12 "$LOG/mariadb-install.log"
+    df -h "$PREFIX/db"
 }
 
 sql() { mariadb --no-defaults --socket="$RUN/mariadb.socket" --user=root -e "$1" >/dev/null; }

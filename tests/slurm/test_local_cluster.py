@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -70,6 +71,25 @@ def test_up_that_fails_half_way_leaves_nothing(fresh_cluster, tmp_path):
     assert str(fresh_cluster.prefix) not in Path("/etc/hosts").read_text()
 
 
+def test_a_database_that_fails_once_is_made_again_and_the_reason_is_said(fresh_cluster, tmp_path):
+    up = fresh_cluster.script("up", path=failing_database(tmp_path, times=1))
+    assert up.returncode == 0, up.stderr
+    assert "trying once more" in up.stderr
+    assert "deliberately broken" in up.stderr
+    assert fresh_cluster.script("status").returncode == 0
+
+
+def test_a_database_that_fails_twice_ends_up_with_the_reason_and_the_room_left(
+        fresh_cluster, tmp_path):
+    up = fresh_cluster.script("up", path=failing_database(tmp_path, times=2))
+    assert up.returncode == 1
+    last = up.stderr[up.stderr.index("failed twice"):]
+    assert "deliberately broken" in last, last
+    assert "Avail" in last, "the room left on the disk"
+    assert "general advice" not in last, last
+    assert fresh_cluster.processes() == []
+
+
 def test_up_recovers_from_a_cluster_that_was_killed(fresh_cluster):
     assert fresh_cluster.script("up").returncode == 0
     for line in fresh_cluster.processes():
@@ -104,3 +124,19 @@ def wait_until(condition, limit_s: float = 20) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def failing_database(folder: Path, times: int) -> str:
+    """A PATH whose mariadb-install-db fails so many times, and then is the real one."""
+    shim = folder / "mariadb-install-db"
+    shim.write_text(f"""#!/bin/sh
+echo >>{folder}/calls
+if [ "$(wc -l <{folder}/calls)" -le {times} ]; then
+    echo "[ERROR] InnoDB: deliberately broken"
+    echo "general advice"
+    exit 1
+fi
+exec {shutil.which("mariadb-install-db")} "$@"
+""")
+    shim.chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
