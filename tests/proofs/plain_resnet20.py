@@ -7,8 +7,9 @@ BatchNorm over 64 images (two GPUs), SGD 0.1 with momentum 0.9 and decay 1e-4 on
 divided by 10 at half and three quarters, 4-pixel padding, random crop and flip, per-pixel mean,
 shortcuts of option A; bfloat16 where the CPU has it, otherwise float32. Two processes stand for the
 paper's two GPUs; one process (python instead of torchrun) takes both halves of a batch in turn.
-Perhaps 2.3 hours on 2 cores with bf16 instructions, 6 without. Its state is saved every 1,000
-steps; the same command goes on, and once it has finished, prints all errors again.
+2.7 hours on 2 cores with bf16 instructions and other work beside it (seen), perhaps 6 without. Its
+state is saved every 1,000 steps; the same command goes on, and once it has finished, prints all
+errors again.
 """
 
 from __future__ import annotations
