@@ -70,8 +70,9 @@ class _Buffers:
     """
 
     def __init__(self) -> None:
-        self._free: dict[int, list[np.ndarray]] = {}
-        self._lock = threading.Lock()
+        self._free: list[np.ndarray] = []
+        self._size = 0  # of the memory taken last; other sizes are not kept
+        self._lock = threading.RLock()  # the collector may give back while this thread takes
         self._pin = torch.cuda.is_available()
 
     def take(self, count: int, size: int) -> tuple[np.ndarray, torch.Tensor]:
@@ -81,22 +82,25 @@ class _Buffers:
             return tensor.numpy(), tensor
         needed = count * size * size * 3
         with self._lock:
-            free = self._free.get(needed)
-            base = free.pop() if free else np.empty(needed, np.uint8)
+            if needed != self._size:
+                self._size = needed
+                self._free.clear()
+            base = self._free.pop() if self._free else np.empty(needed, np.uint8)
         # The tensor's storage holds `view`; it dies with the last tensor that shares the memory.
         view = base[:]
         weakref.finalize(view, self._give_back, base)
         return base.reshape(count, size, size, 3), torch.from_numpy(view).view(count, size, size, 3)
 
     def clear(self) -> None:
+        """Keep nothing, nor what comes back later."""
         with self._lock:
+            self._size = 0
             self._free.clear()
 
     def _give_back(self, base: np.ndarray) -> None:
         with self._lock:
-            if base.size not in self._free:
-                self._free = {base.size: []}  # the size changed: let the old ones go
-            self._free[base.size].append(base)
+            if base.size == self._size:
+                self._free.append(base)
 
 
 def _no_padding(size: int) -> np.ndarray:
@@ -164,43 +168,46 @@ class Engine:
             if plan is None:
                 self._ready.put(None)
                 return
-            count = len(plan.ids)
-            images, tensor = self._buffers.take(count, plan.size)
-            starts = range(0, count, _CHUNK)
-            work = _Work(plan, images, tensor, np.empty((count, 1), np.int64),
-                         self._padding(plan.size), len(starts))
-            self._ready.put(work)
-            for start in starts:
-                self._tasks.put((work, start, min(start + _CHUNK, count)))
+            self._hand_out(plan)
+
+    def _hand_out(self, plan: BatchPlan) -> None:
+        count = len(plan.ids)
+        images, tensor = self._buffers.take(count, plan.size)
+        starts = range(0, count, _CHUNK)
+        work = _Work(plan, images, tensor, np.empty((count, 1), np.int64),
+                     self._padding(plan.size), len(starts))
+        self._ready.put(work)
+        for start in starts:
+            self._tasks.put((work, start, min(start + _CHUNK, count)))
 
     def _work(self) -> None:
-        reader = self._reader
-        digests = reader.metadata["f2"]
         status = np.zeros(_CHUNK, np.int32)
         while not self._stop.is_set():
             task = self._tasks.get()
             if task is None:
                 return
-            work, start, stop = task
-            plan = work.plan
-            ids, plans = plan.ids[start:stop], plan.plans[start:stop]
-            state = (reader.files, reader.sizes, digests,
-                     plans.view(np.uint8).reshape(len(ids), native.PLAN.itemsize), work.padding,
-                     status[:len(ids)], self._check)
-            self._stage(ids, reader.metadata, state, work.images[start:stop],
-                        work.labels[start:stop])
-            failed = np.flatnonzero(status[:len(ids)])
-            if len(failed):
-                sample = int(ids[failed[0]])
-                raise DataError(f"{reader.describe(sample)}: {native.last_error()}; run "
-                                f"`resnet-dist verify {reader.dataset} --deep`, then copy or "
-                                "convert that shard again")
-            with work.lock:
-                work.chunks_left -= 1
-                last = work.chunks_left == 0
-            if last:
-                work.labels = work.labels.reshape(-1)
-                work.done.set()
+            self._fill(*task, status)
+            del task  # or a thread that waits keeps the memory of a batch
+
+    def _fill(self, work: _Work, start: int, stop: int, status: np.ndarray) -> None:
+        reader, plan = self._reader, work.plan
+        ids, plans = plan.ids[start:stop], plan.plans[start:stop]
+        state = (reader.files, reader.sizes, reader.metadata["f2"],
+                 plans.view(np.uint8).reshape(len(ids), native.PLAN.itemsize), work.padding,
+                 status[:len(ids)], self._check)
+        self._stage(ids, reader.metadata, state, work.images[start:stop], work.labels[start:stop])
+        failed = np.flatnonzero(status[:len(ids)])
+        if len(failed):
+            sample = int(ids[failed[0]])
+            raise DataError(f"{reader.describe(sample)}: {native.last_error()}; run "
+                            f"`resnet-dist verify {reader.dataset} --deep`, then copy or "
+                            "convert that shard again")
+        with work.lock:
+            work.chunks_left -= 1
+            last = work.chunks_left == 0
+        if last:
+            work.labels = work.labels.reshape(-1)
+            work.done.set()
 
     def close(self) -> None:
         """End every thread, wait for it, and let go of what was prepared."""

@@ -37,8 +37,7 @@ class _Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         assert self._engine is not None
-        while (batch := self._engine.next()) is not None:
-            yield batch
+        yield from iter(self._engine.next, None)  # which keeps no batch while it waits for the next
 
     def close(self) -> None:
         """End the threads, then close the shards. May be called twice."""

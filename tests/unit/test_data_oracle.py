@@ -115,6 +115,6 @@ def test_sizes_change_without_compiling_or_keeping_the_old(photos):
             sides.append(batch.images.shape[1])
             del batch
         kept = loader._engine._buffers._free  # type: ignore[union-attr]
-        assert set(kept) <= {BATCH * 40 * 40 * 3}
+        assert {base.size for base in kept} <= {BATCH * 40 * 40 * 3}
     assert sides == [{0: 48, 1: 32}.get(step * BATCH // N, 40) for step in range(9)]
     assert numba_compilations() == compiled > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from resnet_dist.config import AugmentConfig
 from resnet_dist.data import native
+from resnet_dist.data.engine import _Buffers, _Work
 from resnet_dist.data.loader import DataError, EvalLoader, TrainLoader
 from resnet_dist.data.manifest import load_manifest
 from resnet_dist.data.normalize import normalization, padding
@@ -230,6 +232,31 @@ def test_memory_of_a_batch_is_not_reused_while_any_view_of_it_lives(photos):
         for _ in range(8):
             next(batches)
         assert torch.equal(view, before)
+
+
+def test_memory_of_the_size_taken_last_is_kept_and_no_other():
+    buffers = _Buffers()
+    old, new, again = (buffers.take(2, size)[1] for size in (32, 40, 40))
+    first = new.data_ptr()
+    del new
+    del old, again  # a batch of the old size comes back after one of the new
+    assert [base.size for base in buffers._free] == [2 * 40 * 40 * 3] * 2
+    late = [buffers.take(2, 40)[1] for _ in range(2)]
+    assert first in {tensor.data_ptr() for tensor in late}
+    buffers.clear()
+    del late
+    assert buffers._free == []
+
+
+def test_threads_that_wait_keep_no_batch(tiny):
+    gc.collect()  # batches of loaders that failed, in the tracebacks of their errors
+    with EvalLoader(tiny, "train", resize=None, size=32, batch_size=5, threads=3) as loader:
+        assert sum(len(batch.sample_ids) for batch in loader) == 20
+        deadline = time.monotonic() + 10
+        while left := [thing for thing in gc.get_objects() if type(thing) is _Work]:
+            assert time.monotonic() < deadline, f"{len(left)} batches are still held"
+            del left
+            time.sleep(0.05)
 
 
 def test_importing_ffcv_leaves_the_models_threads_alone():
