@@ -67,6 +67,7 @@ log = logging.getLogger(__name__)
 _LOST_PEER = re.compile(r"[Cc]onnection (was )?(closed|reset|refused|aborted)|Broken pipe|gloo|"
                         r"NCCL|DistBackendError|DistNetworkError|DistStoreError|TCPStore")
 PARTING_S = 0.5  # after a failure: peers may still print why they end
+ORIGIN_S = 3.0  # after a lost peer: that peer, which knows the cause, may still be ending
 STACKS_S = 2.0  # after an abort: stacks of all threads are written
 LOOK_S = 0.5  # between two looks into the run's folder, which may be a network's
 
@@ -94,6 +95,18 @@ class Attempt:
         """The worker that failed by itself: those that only lost a peer speak of it."""
         return min(self.failures, key=lambda exit: bool(_LOST_PEER.search(exit.reason)),
                    default=None)
+
+    @property
+    def troubled(self) -> bool:
+        return bool(self.failures or self.trouble)
+
+    @property
+    def patience_s(self) -> float:
+        """How long workers of a troubled attempt may still take to end by themselves."""
+        if self.hang:
+            return STACKS_S
+        echo = not self.trouble and self.failure and _LOST_PEER.search(self.failure.reason)
+        return ORIGIN_S if echo else PARTING_S
 
     @property
     def cause(self) -> str:
@@ -259,13 +272,12 @@ class Supervisor:
             if self._superseded():
                 self._workers.kill()
                 return attempt
-            troubled = attempt.failures or attempt.trouble
-            if troubled and kill_at == float("inf"):
-                if attempt.hang:
+            if attempt.troubled and not attempt.stop:
+                if attempt.hang and kill_at == float("inf"):
                     self._tell(attempt, {"do": "abort"})
                     self._workers.abort()
-                kill_at = now + (STACKS_S if attempt.hang else PARTING_S)
-            if not attempt.stop and not troubled and (why := self._asked_to_stop()):
+                kill_at = min(kill_at, now + attempt.patience_s)
+            if not attempt.stop and not attempt.troubled and (why := self._asked_to_stop()):
                 log.warning("%s: asking all ranks to save", why)
                 attempt.stop = why
                 self._record("signal", attempt=number, why=why)
@@ -276,7 +288,7 @@ class Supervisor:
                 kill_at = min(now, kill_at)  # Ctrl-C twice
             if now >= kill_at and not attempt.killed:
                 attempt.killed = True
-                if not troubled:
+                if not attempt.troubled:
                     attempt.trouble = "not saved in time; killed"
                 self._tell(attempt, {"do": "kill"})
                 self._take(attempt, self._workers.kill())

@@ -3,7 +3,8 @@
 
 It makes a step every 20 ms, beats, commits a checkpoint every 10 steps, and leaves with 75 after a
 stop signal. `stand_in.json` in the run directory says how many steps there are, and what goes wrong
-in which attempt: {"2": {"rank": 0, "step": 15, "do": "raise"}}; "*" is every attempt.
+in which attempt: {"2": {"rank": 0, "step": 15, "do": "raise"}}; "*" is every attempt, and what goes
+wrong may be a list, with something for each rank.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ def work(root: Path) -> int:
     for number in STOP_SIGNALS:
         signal.signal(number, lambda number, frame: asked.append(number))
     fault = plan["faults"].get(attempt, plan["faults"].get("*", {}))
-    if fault.get("rank") != rank:
-        fault = {}
+    faults = fault if isinstance(fault, list) else [fault]
+    fault = next((each for each in faults if each.get("rank") == rank), {})
     step = max((int(path.parent.name.removeprefix("step_"))
                 for path in (root / "checkpoints").glob("step_*/state.json")), default=0)
     print(f"rank {rank} of attempt {attempt} starts at step {step}", flush=True)
@@ -63,6 +64,11 @@ def misbehave(what: str, step: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         case "raise":
             raise ValueError("no such luck")
+        case "raise late":
+            time.sleep(1.5)
+            raise ValueError("no such luck")
+        case "lose peer":
+            raise RuntimeError("[gloo/pair.cc:553] Connection closed by peer [127.0.0.1]:51858")
         case "bad input":
             print("batch_size = 7: must divide", file=sys.stderr)
             sys.exit(2)

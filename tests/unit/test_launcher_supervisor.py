@@ -100,6 +100,27 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(tmp_path, sta
     assert f"attempt 2 starts at step {second['step']}" in run.rank_log(0).read_text()
 
 
+def test_the_rank_that_knows_the_cause_is_awaited_when_another_only_lost_it(tmp_path, start):
+    run, _ = stand_in.make_run(tmp_path / "run", faults={"1": [
+        {"rank": 0, "step": 13, "do": "lose peer"}, {"rank": 1, "step": 13, "do": "raise late"}]})
+    supervised = start(run)
+    assert supervised.outcome() == ["finished", ""]
+    assert [exit["rank"] for exit in supervised.events("exit")] == [0, 1]
+    (crashed,) = supervised.events("crashed")
+    assert crashed["cause"] == "rank 1: ValueError: no such luck"
+
+
+def test_a_rank_that_lost_a_peer_which_goes_on_does_not_wait_for_ever(tmp_path, start):
+    run, _ = stand_in.make_run(tmp_path / "run", steps=600, faults={
+        "1": {"rank": 0, "step": 13, "do": "lose peer"}})
+    supervised = start(run)
+    supervised.wait(lambda: supervised.events("crashed"))
+    (exit,), (crashed,) = supervised.events("exit"), supervised.events("crashed")
+    assert "Connection closed by peer" in crashed["cause"]
+    assert crashed["time"] - exit["time"] < 6
+    supervised.process.kill()
+
+
 def test_a_crash_loop_ends_after_three_restarts_with_the_cause(tmp_path, start):
     run, _ = stand_in.make_run(tmp_path / "run",
                                faults={"*": {"rank": 0, "step": 3, "do": "raise"}})
