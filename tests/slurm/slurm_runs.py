@@ -43,7 +43,7 @@ class SlurmRun:
     def events(self, kind: str | None = None) -> list[Event]:
         return [e for e in read_events(self.run) if kind is None or e["event"] == kind]
 
-    def wait(self, condition: Callable[[], object], limit_s: float = 60) -> None:
+    def wait(self, condition: Callable[[], object], limit_s: float = 120) -> None:
         deadline = time.monotonic() + limit_s
         while not condition():
             assert time.monotonic() < deadline, (self.events(), self.said(), slurm("squeue"))
@@ -54,12 +54,12 @@ class SlurmRun:
         self.wait(lambda: self.events("attempt") and max(heartbeat_steps(
             self.run, self.events("attempt")[-1]["attempt"]), default=0) >= step)
 
-    def wait_until_over(self, limit_s: float = 90) -> None:
+    def wait_until_over(self, limit_s: float = 180) -> None:
         self.wait(lambda: self.events()[-1]["event"] in ("finished", "failed", "stopped"), limit_s)
 
     def states(self) -> list[str]:
         """States of all incarnations in the accounting, once the last one is final."""
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while True:
             states = [line.split()[0] for line in slurm(
                 "sacct", "-n", "-X", "-D", "-P", "-j", self.job, "-o", "State").splitlines()]

@@ -14,7 +14,7 @@ from resnet_dist.paths import RunPaths
 from tests.conftest import ROOT, Cli
 
 RECIPE = ROOT / "configs" / "digits" / "quickstart.yaml"
-STEPS = 80
+STEPS = 120
 SETTINGS = (f"steps={STEPS}", "batch_size=32", "bn_batch=8", "launch.nodes=2", "threads=1",
             "launch.ranks_per_node=1", "launch.cpus_per_rank=1", "checkpoint.every_steps=30",
             "log.every_steps=5", "eval.every_steps=1000", "schedule.warmup_steps=10")

@@ -216,7 +216,7 @@ def test_bad_images_are_listed_with_reasons_and_fail_the_command(tmp_path):
 
 
 def test_a_killed_conversion_goes_on_and_ends_in_the_same_bytes(tmp_path):
-    source = str(make_tree(tmp_path / "source", per_class=30))
+    source = str(make_tree(tmp_path / "source", per_class=100))
     convert(source, tmp_path / "whole" / "dst", options("workers=1", "shard_samples=5"))
     command = [sys.executable, "-c", "import sys; from pathlib import Path; "
                "from data_prep.convert import convert, parse_convert_overrides as o; "

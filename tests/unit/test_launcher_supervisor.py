@@ -38,14 +38,14 @@ class Supervised:
                  json.dumps({"where": "local", "job": "1", **place})],
                 stdout=subprocess.PIPE, stderr=said)
 
-    def outcome(self, timeout_s: float = 40) -> list[str]:
+    def outcome(self, timeout_s: float = 120) -> list[str]:
         output, _ = self.process.communicate(timeout=timeout_s)
         return json.loads(output) if output else []
 
     def events(self, kind: str | None = None) -> list[Event]:
         return [e for e in read_events(self.run) if kind is None or e["event"] == kind]
 
-    def wait(self, condition: Callable[[], object], limit_s: float = 20) -> None:
+    def wait(self, condition: Callable[[], object], limit_s: float = 60) -> None:
         deadline = time.monotonic() + limit_s
         while not condition():
             assert self.process.poll() is None, (self.run.root / "supervisor.log").read_text()
@@ -325,7 +325,7 @@ def test_the_foreground_shows_rank_0_and_ctrl_c_saves(tmp_path):
             "sys.exit(supervisor.supervise_here(run))")
     process = subprocess.Popen([sys.executable, "-c", code, str(run.root), str(stand_in.WORKER)],
                                stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while max(beats(run), default=(0, 0)) < (1, 5):
         assert time.monotonic() < deadline
         time.sleep(0.05)
