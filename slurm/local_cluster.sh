@@ -242,16 +242,26 @@ choose_ports() {
 
 HOSTS_MARK="# resnet-dist local cluster"
 
-# /etc/hosts may be a bind mount, which cannot be replaced by renaming: it is written in place.
-add_hosts_line() {
-    remove_hosts_line
-    printf '127.0.0.1 %s %s %s\n' "${NODES[*]}" "$HOSTS_MARK" "$PREFIX" >>/etc/hosts
-}
+add_hosts_line() { rewrite_hosts "127.0.0.1 ${NODES[*]} $HOSTS_MARK $PREFIX"; }
 
-remove_hosts_line() {
-    grep -qF "$HOSTS_MARK $PREFIX" /etc/hosts || return 0
-    local rest; rest=$(grep -vE "^127.*$HOSTS_MARK $PREFIX\$" /etc/hosts || true)
-    printf '%s\n' "$rest" >/etc/hosts
+remove_hosts_line() { ! grep -qF "$HOSTS_MARK $PREFIX" /etc/hosts || rewrite_hosts; }
+
+# Replace this cluster's line by $1, and drop those of clusters whose prefix is gone. Other clusters
+# may do the same at this moment. /etc/hosts may be a bind mount, which cannot be replaced by
+# renaming: it is written in place.
+rewrite_hosts() {
+    local line owner rest=
+    exec 8>>/etc/hosts
+    flock 8
+    while IFS= read -r line || [ -n "$line" ]; do
+        if [[ $line == 127.*"$HOSTS_MARK "* ]]; then
+            owner=${line##*"$HOSTS_MARK "}
+            [ "$owner" != "$PREFIX" ] && [ -d "$owner" ] || continue
+        fi
+        rest+=$line$'\n'
+    done </etc/hosts
+    printf '%s' "$rest${1:+$1$'\n'}" >/etc/hosts
+    exec 8>&-
 }
 
 # ---------------------------------------------------------------- daemons

@@ -86,11 +86,9 @@ def slurm() -> Iterator[Cluster]:
     if reason := why_not():
         pytest.skip(reason)
     cluster = Cluster(Path(tempfile.mkdtemp(prefix="rds-", dir="/tmp")))
-    up = cluster.script("up")
-    if up.returncode:
-        pytest.fail(f"the local SLURM did not start:\n{up.stderr}")
-    with pytest.MonkeyPatch.context() as patch:
+    with cluster.guarded(), pytest.MonkeyPatch.context() as patch:
+        up = cluster.script("up")
+        if up.returncode:
+            pytest.fail(f"the local SLURM did not start:\n{up.stderr}")
         patch.setenv("SLURM_CONF", str(cluster.prefix / "etc" / "slurm.conf"))
         yield cluster
-    down = cluster.script("down", "--purge")
-    assert down.returncode == 0, down.stderr

@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import closing
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def make(asked: argparse.Namespace) -> list[dict[str, Any]]:
     ground = Ground(folder, cache(lambda: _up(cluster)))
     rows: list[dict[str, Any]] = []
     console.print(f"runs and logs: {folder}")
-    try:
+    with cluster.guarded(), closing(ground):
         ground.undisturbed()  # so that no fault's time contains it
         for _ in range(asked.repeat):
             clear(ground)
@@ -77,9 +78,6 @@ def make(asked: argparse.Namespace) -> list[dict[str, Any]]:
                               style=None if rows[-1]["as_expected"] else "red")
                 if asked.json:
                     asked.json.write_text(json.dumps(rows, indent=1) + "\n")
-    finally:
-        ground.close()
-        cluster.script("down", "--purge")
     return rows
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +25,21 @@ class Cluster:
         environment = {**os.environ, **({"PATH": path} if path else {})}
         return subprocess.run(["bash", str(SCRIPT), *words, "--prefix", str(self.prefix)],
                               capture_output=True, text=True, timeout=120, env=environment)
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Take it down at the end, however this process ends: even SIGKILL closes the pipe."""
+        with tempfile.TemporaryFile("w+") as said:
+            guard = subprocess.Popen(
+                ["bash", "-c", 'cat; exec bash "$@"', "guard", str(SCRIPT), "down", "--purge",
+                 "--prefix", str(self.prefix)],
+                stdin=subprocess.PIPE, stdout=said, stderr=said, start_new_session=True)
+            try:
+                yield
+            finally:
+                guard.communicate(timeout=120)
+                said.seek(0)
+                assert guard.returncode == 0, said.read()
 
     def pid(self, daemon: str) -> int:
         return int((self.prefix / "run" / f"{daemon}.pid").read_text().split()[0])

@@ -17,5 +17,5 @@ def fresh_cluster() -> Iterator[Cluster]:
     if reason := why_not():
         pytest.skip(reason)
     cluster = Cluster(Path(tempfile.mkdtemp(prefix="rds-", dir="/tmp")))
-    yield cluster
-    cluster.script("down", "--purge")
+    with cluster.guarded():
+        yield cluster

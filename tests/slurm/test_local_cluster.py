@@ -6,10 +6,15 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 
 import psutil
+
+from tests.conftest import ROOT
+from tests.slurm.cluster import Cluster
 
 
 def run(*command: str, **options: object) -> str:
@@ -98,6 +103,36 @@ def test_up_recovers_from_a_cluster_that_was_killed(fresh_cluster):
     up = fresh_cluster.script("up")
     assert up.returncode == 0, up.stderr
     assert fresh_cluster.script("status").returncode == 0
+
+
+def test_a_cluster_ends_with_the_tests_that_started_it_however_they_end(slurm):
+    cluster = Cluster(Path(tempfile.mkdtemp(prefix="rds-", dir="/tmp")))
+    code = ("import os, signal, sys; from pathlib import Path; from tests.slurm.cluster import "
+            "Cluster\ncluster = Cluster(Path(sys.argv[1]))\nwith cluster.guarded():\n"
+            "    assert cluster.script('up').returncode == 0\n"
+            "    os.kill(os.getpid(), signal.SIGKILL)")
+    killed = subprocess.run([sys.executable, "-c", code, str(cluster.prefix)], cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL
+    wait_until(lambda: not cluster.prefix.exists(), 60)
+    assert cluster.processes() == []
+    assert str(cluster.prefix) not in Path("/etc/hosts").read_text()
+
+
+def test_lines_of_clusters_that_are_gone_leave_the_hosts_file(fresh_cluster, tmp_path):
+    hosts = Path("/etc/hosts")
+    gone, there = (f"127.0.0.1 n1 # resnet-dist local cluster {folder}"
+                   for folder in (tmp_path / "gone", tmp_path))
+    with open(hosts, "a") as file:
+        file.write(f"{gone}\n{there}\n")
+    try:
+        assert fresh_cluster.script("up").returncode == 0
+        lines = hosts.read_text().splitlines()
+        assert gone not in lines
+        assert there in lines
+        assert any(line.endswith(f" {fresh_cluster.prefix}") for line in lines)
+    finally:
+        hosts.write_text("".join(f"{line}\n" for line in hosts.read_text().splitlines()
+                                 if line not in (gone, there)))
 
 
 def test_a_recycled_pid_is_never_signalled(fresh_cluster):
