@@ -106,6 +106,19 @@ def test_any_crop_equals_a_float64_resize_of_the_whole_picture(encoding, crop, f
     assert reduced or difference.max() < 4  # fixed point, and libjpeg's rounding of chroma
 
 
+@pytest.mark.parametrize("size", [8, 16, 32])
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_smaller_decode_keeps_the_colours_of_every_block(encoding, size):
+    """Where output pixels are whole parts of blocks, the shorter filter costs nothing."""
+    for seed in range(10):
+        stream = jpeg(picture(seed, 64, 120), **ENCODINGS[encoding])
+        box = (0, 32, 64, 64)
+        ours = native.decode_one(stream, native.JPEG, 64, 120, plan_of(box), (size, size))
+        whole = decoded(stream) if "progressive" in encoding else unclamped(stream)
+        difference = np.abs(ours - np.clip(slow_resize(whole, box, size), 0, 255))
+        assert difference.mean() < 1.5
+
+
 @given(crop=crops(), flip=st.booleans(), seed=st.integers(0, 50))
 @settings(max_examples=40, deadline=None)
 def test_raw_crops_equal_a_float64_resize(crop, flip, seed):

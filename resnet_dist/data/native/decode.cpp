@@ -103,10 +103,20 @@ int fail_jpeg(Decoder& d) {
   return kCorrupt;
 }
 
-// Largest power of two by which the crop exceeds the output on both axes, at most 8.
-int reduction(const Plan& plan, int out_h, int out_w) {
+// What the picture's size is divided by while it is decoded: the largest power of two, at most 8, by
+// which the crop exceeds the output on both axes. Of chroma that has fewer columns than rows, or the
+// reverse (4:2:2), libjpeg leaves that difference in the smaller picture: then so much less.
+int reduction(const jpeg_decompress_struct& info, const Plan& plan, int out_h, int out_w) {
+  double uneven = 1;
+  for (int i = 0; i < info.num_components; ++i) {
+    const jpeg_component_info& comp = info.comp_info[i];
+    const double across = double(info.max_h_samp_factor) / comp.h_samp_factor;
+    const double down = double(info.max_v_samp_factor) / comp.v_samp_factor;
+    uneven = std::max({uneven, across / down, down / across});
+  }
   int by = 1;
-  while (by < 8 && plan.height >= 2.0 * by * out_h && plan.width >= 2.0 * by * out_w) by *= 2;
+  while (by < 8 && plan.height >= 2.0 * by * uneven * out_h && plan.width >= 2.0 * by * uneven * out_w)
+    by *= 2;
   return by;
 }
 
@@ -149,7 +159,7 @@ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 // Header read, box known: the planes of the MCUs that the box touches, then the resize.
 void decode_planar(Decoder& d, const Plan& plan, uint8_t* out, int out_h, int out_w) {
   jpeg_decompress_struct& info = d.info;
-  const int by = reduction(plan, out_h, out_w);
+  const int by = reduction(info, plan, out_h, out_w);
   const int mcu_h = 8 * info.max_v_samp_factor, mcu_w = 8 * info.max_h_samp_factor;
   int low, high;
   Window mcus;
@@ -183,8 +193,10 @@ void decode_planar(Decoder& d, const Plan& plan, uint8_t* out, int out_h, int ou
     planes[c].stride = stride;
     planes[c].cols = comp.downsampled_width;
     planes[c].rows = comp.downsampled_height;
-    planes[c].halved_x = info.max_h_samp_factor * block > cols;
-    planes[c].halved_y = info.max_v_samp_factor * block > rows;
+    // libjpeg interpolates with 3/4 and 1/4; of `by` pixels that became one, the outermost alone
+    // takes from the neighbour.
+    planes[c].halved_x = info.max_h_samp_factor * block > cols ? 0.25 / by : 0;
+    planes[c].halved_y = info.max_v_samp_factor * block > rows ? 0.25 / by : 0;
   }
   for (int r = 0; r < mcu_rows; ++r) {
     for (int c = 0; c < 3; ++c) {
@@ -329,7 +341,7 @@ int decode_jpeg(Decoder& d, const uint8_t* data, uint64_t size, int height, int 
   } else if (planar(info)) {
     decode_planar(d, plan, out, out_h, out_w);
   } else {
-    const int by = reduction(plan, out_h, out_w);
+    const int by = reduction(info, plan, out_h, out_w);
     int low, high;
     window(plan.top / by, plan.height / by, ceil_div(height, by), 2, &low, &high);
     decode_rgb(d, by, low, high);

@@ -46,7 +46,9 @@ struct Plane {
   const uint8_t* data;
   ptrdiff_t stride;        // bytes between rows
   int rows, cols;          // samples that exist; beyond them the edge is repeated
-  int halved_y, halved_x;  // 1: the channel has half the window's pixels along this axis
+  // 0: as many samples as the window has pixels. Else half as many, and each pixel of the decoded
+  // picture takes this share of the neighbouring sample.
+  double halved_y, halved_x;
 };
 
 // Box of the window -> output [out_h, out_w, 3] RGB. Planes are Y, Cb, Cr or R, G, B.
@@ -63,9 +65,9 @@ struct Taps {
 };
 
 // Weights of `out` output pixels that cover [start, start + extent) of an axis of `pixels` pixels,
-// stored as `count` samples: as many, or half of them, rounded up.
+// stored as `count` samples: as many, or half of them, rounded up (`halved` as in Plane).
 void build_taps(Taps& taps, double start, double extent, int out, int count, int pixels,
-                bool halved, bool reverse);
+                double halved, bool reverse);
 
 constexpr int kLanes = 32;  // output rows that the horizontal pass treats together
 

@@ -39,7 +39,7 @@ void pixel_weights(double start, double step, int index, Weights& w) {
 }  // namespace
 
 void build_taps(Taps& taps, double start, double extent, int out, int count, int pixels,
-                bool halved, bool reverse) {
+                double halved, bool reverse) {
   static thread_local std::vector<double> pixel, row;
   const double step = extent / out;
   const int reach = static_cast<int>(std::ceil(std::max(step, 1.0))) + 2;  // pixels of one output
@@ -60,10 +60,10 @@ void build_taps(Taps& taps, double start, double extent, int out, int count, int
       const int p = std::clamp(w.first + t, 0, pixels - 1);
       if (!halved) {
         row[p - first] += w.at[t];
-      } else {  // libjpeg's triangle interpolation: 3/4 of the own sample, 1/4 of the nearer other
+      } else {
         const int own = p / 2, other = std::clamp((p & 1) ? own + 1 : own - 1, 0, count - 1);
-        row[own - first] += 0.75 * w.at[t];
-        row[other - first] += 0.25 * w.at[t];
+        row[own - first] += (1.0 - halved) * w.at[t];
+        row[other - first] += halved * w.at[t];
       }
     }
     const int target = reverse ? out - 1 - i : i;
