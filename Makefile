@@ -1,8 +1,8 @@
 # Two commands from nothing:  make quickstart   and   make test
 VENV ?= .venv
 SOURCES := pyproject.toml constraints.txt install.sh setup.py \
-           $(wildcard resnet_dist/data/native/*) $(wildcard resnet_dist/kernels/native/*) \
-           $(wildcard data_prep/native/*)
+           $(wildcard resnet_dist/data/decode/native/*) $(wildcard resnet_dist/kernels/native/*) \
+           $(wildcard data_prep/encode/native/*)
 
 OUT := gpu
 
@@ -26,7 +26,7 @@ faults: $(VENV)/.ready-test
 
 gpu: $(VENV)/.ready-test
 	@$(VENV)/bin/python -c 'import torch; torch.cuda.is_available() or exit("torch sees no GPU")'
-	$(VENV)/bin/python -m pytest tests/gpu tests/unit/test_kernels.py
+	$(VENV)/bin/python -m pytest tests/gpu tests/unit/kernels/test_kernels.py
 	mkdir -p $(OUT)
 	$(VENV)/bin/resnet-dist bench step --batch 256 --steps 20 --json > $(OUT)/step-256.json
 	$(VENV)/bin/resnet-dist bench step --batch 32 --steps 50 --json > $(OUT)/step-32.json

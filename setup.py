@@ -7,12 +7,12 @@ they run.
 
 from setuptools import Extension, setup
 
-NATIVE = "resnet_dist/data/native"
+NATIVE = "resnet_dist/data/decode/native"
 
 setup(
     ext_modules=[
         Extension(
-            "resnet_dist.data._native",
+            "resnet_dist.data.decode._native",
             sources=[f"{NATIVE}/{name}.cpp"
                      for name in ("decode", "huffman", "kernels", "ops", "resize",
                                   "taps")],
@@ -32,10 +32,10 @@ setup(
             extra_link_args=["-fopenmp"],
         ),
         Extension(
-            "data_prep._native",
-            sources=[f"data_prep/native/{name}.cpp"
+            "data_prep.encode._native",
+            sources=[f"data_prep/encode/native/{name}.cpp"
                      for name in ("inspect", "measure", "pixels", "reencode", "restarts")],
-            depends=["data_prep/native/shrink.h", "data_prep/native/strict.h"],
+            depends=["data_prep/encode/native/shrink.h", "data_prep/encode/native/strict.h"],
             language="c++",
             libraries=["jpeg"],
             extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra",

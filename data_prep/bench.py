@@ -24,8 +24,8 @@ from typing import Any
 
 import psutil
 
-from data_prep.pool import PROJECT, ConvertError
-from data_prep.sources import open_reader, open_source
+from data_prep.conversion.pool import PROJECT, ConvertError
+from data_prep.sources.folders import open_reader, open_source
 
 CASES = ("mixed", "encode")
 SAMPLE_S = 0.1

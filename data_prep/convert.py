@@ -21,20 +21,20 @@ from typing import Any
 
 import PIL
 
-from data_prep import jpeg
-from data_prep.arrays import CIFAR_PIXELS
-from data_prep.finish import finish
-from data_prep.found import Source
+from data_prep.conversion.finish import finish
+from data_prep.conversion.plan import Plan, ShardId, WorkPaths, load_plan, make_plan
+from data_prep.conversion.pool import ConvertError, run_shards
+from data_prep.conversion.progress import Ticker
+from data_prep.conversion.write import convert_shard, encoding_of, read_record
+from data_prep.encode import jpeg
 from data_prep.options import ENCODING, FREE, ConvertConfig, parse_convert_overrides, validate
-from data_prep.plan import Plan, ShardId, WorkPaths, load_plan, make_plan
-from data_prep.pool import ConvertError, run_shards
-from data_prep.progress import Ticker
-from data_prep.shards import convert_shard, encoding_of, read_record
-from data_prep.sources import open_reader, open_source
-from data_prep.tars import SourceError
-from resnet_dist.config import ConfigError
-from resnet_dist.data.manifest import Manifest, load_manifest
-from resnet_dist.paths import DatasetPaths
+from data_prep.sources.arrays import CIFAR_PIXELS
+from data_prep.sources.folders import open_reader, open_source
+from data_prep.sources.found import Source
+from data_prep.sources.tars import SourceError
+from resnet_dist.config.load import ConfigError
+from resnet_dist.data.shards.manifest import Manifest, load_manifest
+from resnet_dist.run.paths import DatasetPaths
 
 __all__ = ["ConvertConfig", "ConvertError", "convert", "parse_convert_overrides"]
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from resnet_dist.config import (
+from resnet_dist.config.load import (
     ConfigError,
     Count,
     Fraction,
@@ -17,7 +17,7 @@ from resnet_dist.config import (
     explain,
     parse_overrides,
 )
-from resnet_dist.rules import NAME_PATTERN
+from resnet_dist.config.rules import NAME_PATTERN
 
 
 @dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)

@@ -16,16 +16,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data_prep.conversion.finish import finish
+from data_prep.conversion.plan import Plan, load_plan
+from data_prep.conversion.pool import ConvertError
+from data_prep.conversion.progress import Ticker
+from data_prep.conversion.write import read_record
 from data_prep.convert import name_of, only_one, opened_for, prepare, run
-from data_prep.finish import finish
 from data_prep.options import ConvertConfig
-from data_prep.plan import Plan, load_plan
-from data_prep.pool import ConvertError
-from data_prep.progress import Ticker
-from data_prep.shards import read_record
-from resnet_dist.config import ConfigError
-from resnet_dist.data.manifest import Manifest, load_manifest
-from resnet_dist.paths import DatasetPaths
+from resnet_dist.config.load import ConfigError
+from resnet_dist.data.shards.manifest import Manifest, load_manifest
+from resnet_dist.run.paths import DatasetPaths
 
 log = logging.getLogger(__name__)
 WORKERS = 8  # processes of a task where the options say nothing

@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from data_prep import jpeg
-from data_prep.beton import MODE_JPEG, Damaged, ShardIndex, digest, read_index
-from data_prep.finish import seal_of
-from data_prep.jpeg import JpegError
-from data_prep.progress import Ticker
-from resnet_dist.config import ConfigError
-from resnet_dist.data.manifest import Manifest, dump_manifest, load_manifest
-from resnet_dist.paths import DatasetPaths
+from data_prep.conversion.finish import seal_of
+from data_prep.conversion.progress import Ticker
+from data_prep.encode import jpeg
+from data_prep.encode.jpeg import JpegError
+from data_prep.shards.beton import MODE_JPEG, Damaged, ShardIndex, digest, read_index
+from resnet_dist.config.load import ConfigError
+from resnet_dist.data.shards.manifest import Manifest, dump_manifest, load_manifest
+from resnet_dist.run.paths import DatasetPaths
 
 BLOCK = 1 << 22
 

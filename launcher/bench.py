@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep.bench import CASES, bench_convert, summary
-from resnet_dist.config import ConfigError
-from resnet_dist.data.manifest import load_manifest
+from resnet_dist.config.load import ConfigError
+from resnet_dist.data.shards.manifest import load_manifest
 
 
 def convert_beside_ffcv(console: Console, source: str, scratch: Path | None, *, images: int,
@@ -48,7 +48,7 @@ def loaders_side_by_side(console: Console, dataset: Path, *, size: int, threads:
     Raises: ConfigError where `dataset` is none.
     """
     load_manifest(dataset)
-    command = [sys.executable, "-m", "resnet_dist.data.bench", str(dataset), "--size", str(size),
+    command = [sys.executable, "-m", "resnet_dist.bench.loader", str(dataset), "--size", str(size),
                "--threads", str(threads), "--rounds", str(rounds), "--images", str(images)]
     done = subprocess.run(command + ([] if sheet is None else ["--sheet", str(sheet)]),
                           stdout=subprocess.PIPE, text=True)

@@ -17,9 +17,9 @@ from typing import Any
 
 from rich.console import Console
 
-from launcher.doctor import examine, show
-from launcher.doctor_job import examine_nodes
-from launcher.freeze import (
+from launcher.doctor.machine import examine, show
+from launcher.doctor.nodes import examine_nodes
+from launcher.frozen.freeze import (
     anchored,
     create_run,
     differences,
@@ -27,15 +27,15 @@ from launcher.freeze import (
     read_provenance,
     renew_code,
 )
-from launcher.identity import check_identity
-from launcher.source import SOURCE_ROOT, code_fingerprint
-from launcher.status import run_status
-from launcher.supervisor import supervise_here
-from resnet_dist.config import EVAL_PROTOCOLS, Config, ConfigError, load_config, load_frozen
-from resnet_dist.data.manifest import check_dataset
-from resnet_dist.models.names import model_names
-from resnet_dist.paths import RunPaths
-from resnet_dist.rules import nearest, world_problems
+from launcher.frozen.identity import check_identity
+from launcher.frozen.source import SOURCE_ROOT, code_fingerprint
+from launcher.supervise.supervisor import supervise_here
+from launcher.watch.status import run_status
+from resnet_dist.config.load import EVAL_PROTOCOLS, Config, ConfigError, load_config, load_frozen
+from resnet_dist.config.rules import nearest, world_problems
+from resnet_dist.data.shards.manifest import check_dataset
+from resnet_dist.models.catalog.names import model_names
+from resnet_dist.run.paths import RunPaths
 
 
 def train_here(recipe: Path, overrides: list[str], allow: Collection[str] = (), *,
@@ -112,7 +112,7 @@ def evaluate_here(name: str, runs: str, *, ensemble: tuple[str, ...] = (), respo
             raise ConfigError(f"--{key} = {asked[key]}: pick one of {', '.join(valid)}")
     run = find_run(name, runs)
     load_frozen(run.config)
-    command = [sys.executable, "-m", "resnet_dist.evaluate_run", str(run.root)]
+    command = [sys.executable, "-m", "resnet_dist.evaluate.report", str(run.root)]
     for key, value in asked.items():
         if value is not None:
             command += [f"--{key.replace('_', '-')}", str(value)]
@@ -133,8 +133,9 @@ def export_here(name: str, runs: str, form: str, path: Path, step: int | None) -
     """Write a checkpoint's weights to `path`; the step they are of. Raises: ConfigError."""
     if path.exists():
         raise ConfigError(f"--out = {path}: exists; name another file")
-    command = [sys.executable, "-m", "resnet_dist.export", str(find_run(name, runs).root), form,
-               str(path), *([] if step is None else ["--step", str(step)])]
+    command = [sys.executable, "-m", "resnet_dist.evaluate.export",
+               str(find_run(name, runs).root), form, str(path),
+               *([] if step is None else ["--step", str(step)])]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(done.returncode)
@@ -145,7 +146,7 @@ def summarize_here(name: str, *, as_json: bool) -> int:
     """Print a model's layers, output sizes, parameters and FLOPs. Raises: ConfigError."""
     if name not in model_names():
         raise ConfigError(f"--model = {name}: no such model{nearest(name, model_names())}")
-    command = [sys.executable, "-m", "resnet_dist.models.summary", name]
+    command = [sys.executable, "-m", "resnet_dist.models.analysis.summary", name]
     return subprocess.run(command + (["--json"] if as_json else [])).returncode
 
 

@@ -11,16 +11,16 @@ import stat
 import sys
 from pathlib import Path
 
-from launcher.events import record
-from launcher.freeze import complete_provenance
-from launcher.identity import check_identity
-from launcher.incarnation import Place, log_to_stderr
-from launcher.scheduler import node_names
-from launcher.source import SOURCE_ROOT, runs_the_copy
-from launcher.supervisor import supervise
-from launcher.workers import train_command
-from resnet_dist.config import Config, ConfigError, load_frozen
-from resnet_dist.paths import RunPaths
+from launcher.frozen.freeze import complete_provenance
+from launcher.frozen.identity import check_identity
+from launcher.frozen.source import SOURCE_ROOT, runs_the_copy
+from launcher.journal.events import record
+from launcher.slurm.scheduler import node_names
+from launcher.supervise.incarnation import Place, log_to_stderr
+from launcher.supervise.supervisor import supervise
+from launcher.supervise.workers import train_command
+from resnet_dist.config.load import Config, ConfigError, load_frozen
+from resnet_dist.run.paths import RunPaths
 
 REQUEUE_CODE = 77  # where SLURM has RequeueExit=77
 USERS_GPUS = "RESNET_DIST_CUDA_VISIBLE_DEVICES"

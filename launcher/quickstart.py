@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from launcher.status import run_status
-from resnet_dist.config import load_config
-from resnet_dist.paths import RunPaths
+from launcher.watch.status import run_status
+from resnet_dist.config.load import load_config
+from resnet_dist.run.paths import RunPaths
 
 RECIPE = Path("configs/digits/quickstart.yaml")
 DATA = Path("data/digits")

@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from resnet_dist.config import Config, ConfigError
+from resnet_dist.config.load import Config, ConfigError
+from resnet_dist.data.augmentation.normalize import normalization
 from resnet_dist.data.loader import TrainLoader
-from resnet_dist.data.manifest import Manifest
-from resnet_dist.data.normalize import normalization
-from resnet_dist.distributed import World, cores_per_rank
+from resnet_dist.data.shards.manifest import Manifest
+from resnet_dist.evaluate.views import Views, open_views
 from resnet_dist.models import build_model
 from resnet_dist.models.weights import WeightsError, init_from
-from resnet_dist.paths import DatasetPaths
-from resnet_dist.views import Views, open_views
+from resnet_dist.ranks.distributed import World, cores_per_rank
+from resnet_dist.run.paths import DatasetPaths
 
 
 def model_of(config: Config, manifest: Manifest) -> torch.nn.Module:

@@ -32,7 +32,22 @@ from resnet_dist.build import (
     normalization_of,
     train_loader,
 )
-from resnet_dist.checkpoint import (
+from resnet_dist.config.load import Config, ConfigError, config_to_dict, load_frozen
+from resnet_dist.config.rules import world_problems
+from resnet_dist.data.augmentation.mix import mixer
+from resnet_dist.data.augmentation.random import sample_keys
+from resnet_dist.data.loader import Batch, DataError
+from resnet_dist.data.shards.manifest import Manifest, check_dataset, manifest_fingerprint
+from resnet_dist.engine.clock import Clock
+from resnet_dist.engine.core import Engine
+from resnet_dist.engine.ddp import make_engine
+from resnet_dist.engine.optim import Observed, lr_at
+from resnet_dist.engine.precision import settled
+from resnet_dist.evaluate.judge import scores
+from resnet_dist.evaluate.passes import Interrupted, evaluate
+from resnet_dist.ranks.distributed import World, broadcast_int, init_world, shutdown
+from resnet_dist.ranks.preemption import SignalFlag
+from resnet_dist.run.checkpoint import (
     CheckpointError,
     CheckpointWriter,
     EngineState,
@@ -42,29 +57,14 @@ from resnet_dist.checkpoint import (
     load,
     newest_valid,
 )
-from resnet_dist.clock import Clock
-from resnet_dist.config import Config, ConfigError, config_to_dict, load_frozen
-from resnet_dist.data.loader import Batch, DataError
-from resnet_dist.data.manifest import Manifest, check_dataset, manifest_fingerprint
-from resnet_dist.data.mix import mixer
-from resnet_dist.data.random import sample_keys
-from resnet_dist.distributed import World, broadcast_int, init_world, shutdown
-from resnet_dist.engine import make_engine
-from resnet_dist.engine_core import Engine
-from resnet_dist.evaluate import Interrupted, evaluate
-from resnet_dist.gauges import Gauges
-from resnet_dist.introduce import introduce
-from resnet_dist.judge import scores
-from resnet_dist.lease import OWNER, commit_right, holder
-from resnet_dist.metrics import Metrics
-from resnet_dist.optim import Observed, lr_at
-from resnet_dist.panels import FirstImages, Panels
-from resnet_dist.paths import RunPaths
-from resnet_dist.precision import settled
-from resnet_dist.preemption import SignalFlag
-from resnet_dist.rollback import Rollback, eased, read_rollbacks
-from resnet_dist.rules import world_problems
-from resnet_dist.trace import Trace
+from resnet_dist.run.lease import OWNER, commit_right, holder
+from resnet_dist.run.paths import RunPaths
+from resnet_dist.run.rollback import Rollback, eased, read_rollbacks
+from resnet_dist.watch.gauges import Gauges
+from resnet_dist.watch.introduce import introduce
+from resnet_dist.watch.metrics import Metrics
+from resnet_dist.watch.panels import FirstImages, Panels
+from resnet_dist.watch.trace import Trace
 
 log = logging.getLogger(__name__)
 

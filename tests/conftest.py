@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     Those tests mostly wait, so that the other worker has the machine.
     """
     def group(item: pytest.Item) -> str:
-        return "cluster" if CLUSTER & set(item.path.parts) else item.path.name
+        return "cluster" if CLUSTER & set(item.path.parts) else str(item.path)
 
     for item in items:
         item.add_marker(pytest.mark.xdist_group(group(item)))

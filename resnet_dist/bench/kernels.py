@@ -26,10 +26,10 @@ from torch import Tensor
 
 from resnet_dist import kernels
 from resnet_dist.bench.step import ceilings, device_name, the_device, wait_for
-from resnet_dist.config import config_from_dict
-from resnet_dist.distributed import init_world
+from resnet_dist.config.load import config_from_dict
+from resnet_dist.engine.precision import native
 from resnet_dist.kernels import batch_norm, reference
-from resnet_dist.precision import native
+from resnet_dist.ranks.distributed import init_world
 
 # Channels and side of ResNet-50's activations by stage, as its BatchNorms see them.
 SHAPES = ((64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7),

@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from resnet_dist.checkpoint import CheckpointWriter
-from resnet_dist.config import Config, config_from_dict
-from resnet_dist.distributed import init_world
-from resnet_dist.engine import make_engine
-from resnet_dist.engine_core import Engine
+from resnet_dist.config.load import Config, config_from_dict
+from resnet_dist.engine.core import Engine
+from resnet_dist.engine.ddp import make_engine
 from resnet_dist.models import build_model
-from resnet_dist.paths import RunPaths
+from resnet_dist.ranks.distributed import init_world
+from resnet_dist.run.checkpoint import CheckpointWriter
+from resnet_dist.run.paths import RunPaths
 
 
 def measure(config: Config, folder: Path, *, size: int, rounds: int,

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from resnet_dist.scaling import Machine, Point, Recipe, fit, plan, stops_scaling
+from resnet_dist.bench.plan import Machine, Point, Recipe, fit, plan, stops_scaling
 
 GPUS = tuple(2**k for k in range(3, 13))  # 8 ... 4,096
 IMAGES_A_GPU = 32  # weak scaling: the paper's share
@@ -143,10 +143,10 @@ def _rank(settings: dict[str, Any]) -> None:
     import numpy as np
     import torch
 
-    from resnet_dist import distributed
-    from resnet_dist.config import config_from_dict
-    from resnet_dist.engine import make_engine
+    from resnet_dist.config.load import config_from_dict
+    from resnet_dist.engine.ddp import make_engine
     from resnet_dist.models import build_model
+    from resnet_dist.ranks import distributed
 
     ranks = int(os.environ["WORLD_SIZE"])
     shape, found = (1, 3, 1, 1), []

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from resnet_dist.bench.rounds import Competitor, Numbers, alternate, serve, summary
 from resnet_dist.bench.traffic import floor_s, step_kernels, totals
-from resnet_dist.config import config_from_dict
-from resnet_dist.distributed import init_world
-from resnet_dist.engine import make_engine
+from resnet_dist.config.load import config_from_dict
+from resnet_dist.engine.ddp import make_engine
+from resnet_dist.engine.precision import AUTOCAST_DTYPES, native
 from resnet_dist.models import build_model
 from resnet_dist.models.norm import GhostBatchNorm2d
-from resnet_dist.precision import AUTOCAST_DTYPES, native
+from resnet_dist.ranks.distributed import init_world
 
 COMPETITORS = {
     "ours": "this project's step",

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from resnet_dist.data import native
+from resnet_dist.data.decode import decoder
 from resnet_dist.data.pipeline import compiled_stage
-from resnet_dist.data.reader import DataError, ShardReader
+from resnet_dist.data.shards.reader import DataError, ShardReader
 
 _CHUNK = 8  # images of one task: some ms of work, so that threads end a batch together
 _POLL_S = 0.2
@@ -193,13 +193,13 @@ class Engine:
         reader, plan = self._reader, work.plan
         ids, plans = plan.ids[start:stop], plan.plans[start:stop]
         state = (reader.files, reader.sizes, reader.metadata["f2"],
-                 plans.view(np.uint8).reshape(len(ids), native.PLAN.itemsize), work.padding,
+                 plans.view(np.uint8).reshape(len(ids), decoder.PLAN.itemsize), work.padding,
                  status[:len(ids)], self._check)
         self._stage(ids, reader.metadata, state, work.images[start:stop], work.labels[start:stop])
         failed = np.flatnonzero(status[:len(ids)])
         if len(failed):
             sample = int(ids[failed[0]])
-            raise DataError(f"{reader.describe(sample)}: {native.last_error()}; run "
+            raise DataError(f"{reader.describe(sample)}: {decoder.last_error()}; run "
                             f"`resnet-dist verify {reader.dataset} --deep`, then copy or "
                             "convert that shard again")
         with work.lock:

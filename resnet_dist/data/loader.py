@@ -15,15 +15,15 @@ from types import TracebackType
 
 import numpy as np
 
-from resnet_dist.config import AugmentConfig
-from resnet_dist.data import augment as augmentations
+from resnet_dist.config.load import AugmentConfig
 from resnet_dist.data import order
+from resnet_dist.data.augmentation import plans as augmentations
+from resnet_dist.data.augmentation.normalize import padding
 from resnet_dist.data.engine import Batch, BatchPlan, Engine
-from resnet_dist.data.manifest import load_manifest
-from resnet_dist.data.normalize import padding
-from resnet_dist.data.reader import DataError, ShardReader
-from resnet_dist.data.stage import ReadAhead, stage
-from resnet_dist.paths import DatasetPaths
+from resnet_dist.data.shards.manifest import load_manifest
+from resnet_dist.data.shards.reader import DataError, ShardReader
+from resnet_dist.data.shards.stage import ReadAhead, stage
+from resnet_dist.run.paths import DatasetPaths
 
 __all__ = ["Batch", "DataError", "EvalLoader", "TrainLoader"]
 
@@ -140,7 +140,7 @@ class EvalLoader(_Loader):
 
     Rank r of R yields samples [r * N // R, (r + 1) * N // R); the last batch may be short.
     `resize` is the shorter side before the `size` centre crop, None the picture as it is. Ten crops
-    and several scales are `resnet_dist/views.py`'s.
+    and several scales are `resnet_dist/evaluate/views.py`'s.
     Raises: as TrainLoader.
     """
 

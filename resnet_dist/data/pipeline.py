@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from resnet_dist.data import native
-from resnet_dist.data.ffcv_types import HANDLERS, METADATA_TYPE
+from resnet_dist.data.decode import decoder
+from resnet_dist.data.shards.ffcv_types import HANDLERS, METADATA_TYPE
 
 # isort: split
 from ffcv.fields.basics import IntDecoder
@@ -45,7 +45,7 @@ class PlannedDecoder(Operation):
             shape, dtype)
 
     def generate_code(self) -> Callable:
-        decode_one = native.decode_stored
+        decode_one = decoder.decode_stored
 
         def decode(batch_indices, destination, metadata, storage_state):  # type: ignore[no-untyped-def]
             files, sizes, digests, plans, padding, status, check = storage_state

@@ -8,8 +8,8 @@ from __future__ import annotations
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
-from resnet_dist.models.names import MODELS, model_names
-from resnet_dist.models.options import ModelOptions, check_options
+from resnet_dist.models.catalog.names import MODELS, model_names
+from resnet_dist.models.catalog.options import ModelOptions, check_options
 
 if TYPE_CHECKING:
     from torch import nn

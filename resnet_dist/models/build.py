@@ -5,12 +5,12 @@ from typing import Any
 
 from torch import nn
 
+from resnet_dist.models.catalog.options import ModelOptions
 from resnet_dist.models.cifar import build_cifar
 from resnet_dist.models.experiments import ShortcutExperiment
 from resnet_dist.models.inception import build_inception
 from resnet_dist.models.keyed import number_keyed_layers
 from resnet_dist.models.layers import initialise
-from resnet_dist.models.options import ModelOptions
 from resnet_dist.models.preact import build_preact
 from resnet_dist.models.resnet import build_resnet
 from resnet_dist.models.vgg import build_vgg

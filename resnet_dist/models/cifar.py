@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnet_dist import kernels
+from resnet_dist.models.catalog.options import SHORTCUT_EXPERIMENTS, ModelOptions
 from resnet_dist.models.experiments import GATE_BIAS, ActivationExperiment, ShortcutExperiment
 from resnet_dist.models.keyed import KeyedDropout
 from resnet_dist.models.layers import Stage, conv, norm_of
-from resnet_dist.models.options import SHORTCUT_EXPERIMENTS, ModelOptions
 from resnet_dist.models.preact import BASIC, BOTTLENECK, PreActResNet
 from resnet_dist.models.resnet import BasicBlock, BlockConfig, Bottleneck
 

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnet_dist import kernels
+from resnet_dist.models.catalog.options import ModelOptions
 from resnet_dist.models.keyed import KeyedDropout
 from resnet_dist.models.layers import MaxPool2d, Norm, PixelConv2d, Stage, norm_of
-from resnet_dist.models.options import ModelOptions
 
 BN_EPS = 1e-3  # of the released weights
 DROPOUT = 0.2  # section 3.4 of the paper keeps 0.8

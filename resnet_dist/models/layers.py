@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from resnet_dist import kernels
+from resnet_dist.models.catalog.options import ModelOptions
 from resnet_dist.models.norm import GhostBatchNorm2d, without_statistics
-from resnet_dist.models.options import ModelOptions
 
 Norm = Callable[[int], GhostBatchNorm2d]
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnet_dist import kernels
+from resnet_dist.models.catalog.options import ModelOptions
 from resnet_dist.models.keyed import KeyedDropout, StochasticDepth
 from resnet_dist.models.layers import (
     MaxPool2d,
@@ -23,7 +24,6 @@ from resnet_dist.models.layers import (
     projection,
 )
 from resnet_dist.models.norm import GhostBatchNorm2d
-from resnet_dist.models.options import ModelOptions
 
 # Blocks per stage. Source: He et al. 2015, table 1; 200: He et al. 2016, appendix.
 STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3),

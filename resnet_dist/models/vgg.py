@@ -5,9 +5,9 @@ State dicts have torchvision's names and shapes.
 
 from torch import Tensor, nn
 
+from resnet_dist.models.catalog.options import ModelOptions
 from resnet_dist.models.keyed import KeyedDropout
 from resnet_dist.models.layers import MaxPool2d, PixelConv2d, ReluLinear, Stage, norm_of
-from resnet_dist.models.options import ModelOptions
 
 PLANES = (64, 128, 256, 512, 512)
 # Convolutions per stage. Source: table 1.

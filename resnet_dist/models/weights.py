@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from resnet_dist.models.options import ModelOptions
+from resnet_dist.models.catalog.options import ModelOptions
 
 StateDict = dict[str, Tensor]
 FORMATS = ("torchvision", "timm", "safetensors", "onnx")

@@ -23,8 +23,8 @@ from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it when imported
-_context.set_forkserver_preload(["torch.distributed", "resnet_dist.engine", "deepspeed",
-                                 "resnet_dist.evaluate_run", "resnet_dist.train"])
+_context.set_forkserver_preload(["torch.distributed", "resnet_dist.engine.ddp", "deepspeed",
+                                 "resnet_dist.evaluate.report", "resnet_dist.train"])
 
 
 class RankFailed(AssertionError):

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from resnet_dist import distributed, optim
-from resnet_dist.checkpoint import EngineState
-from resnet_dist.config import Config, config_from_dict
-from resnet_dist.data.mix import mixer
-from resnet_dist.distributed import World
-from resnet_dist.engine import make_engine
-from resnet_dist.engine_core import Engine
+from resnet_dist.ranks import distributed
+from resnet_dist.engine import optim
+from resnet_dist.run.checkpoint import EngineState
+from resnet_dist.config.load import Config, config_from_dict
+from resnet_dist.data.augmentation.mix import mixer
+from resnet_dist.ranks.distributed import World
+from resnet_dist.engine.ddp import make_engine
+from resnet_dist.engine.core import Engine
 from resnet_dist.models import build_model
 
 SIZE = 16  # pixels; small, so that a step takes milliseconds

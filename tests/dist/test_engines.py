@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from resnet_dist import checkpoint
-from resnet_dist.checkpoint import EngineState
-from resnet_dist.paths import RunPaths
+from resnet_dist.run import checkpoint
+from resnet_dist.run.checkpoint import EngineState
+from resnet_dist.run.paths import RunPaths
 from tests.dist.harness import run_ranks
 from tests.dist.runs import (
     after_an_overflow,

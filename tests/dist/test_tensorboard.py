@@ -9,8 +9,8 @@ from urllib.parse import quote
 
 import pytest
 
-from launcher.freeze import create_run
-from resnet_dist.paths import RunPaths
+from launcher.frozen.freeze import create_run
+from resnet_dist.run.paths import RunPaths
 from tests.dist.browser import Server, browser, tensorboard, wait_for
 from tests.dist.test_training import config_of, finish, start, wait_for_step
 

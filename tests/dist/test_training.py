@@ -15,11 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from launcher.freeze import create_run, rewrite_config
-from resnet_dist.config import Config, config_from_dict, config_to_dict, load_frozen
-from resnet_dist.metrics import read_lines
-from resnet_dist.paths import RunPaths
-from resnet_dist.rollback import Rollback, add_rollback
+from launcher.frozen.freeze import create_run, rewrite_config
+from resnet_dist.config.load import Config, config_from_dict, config_to_dict, load_frozen
+from resnet_dist.watch.metrics import read_lines
+from resnet_dist.run.paths import RunPaths
+from resnet_dist.run.rollback import Rollback, add_rollback
 
 STEPS = 30
 

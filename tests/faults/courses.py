@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import yaml
 
-from launcher.events import LAST_WORDS
-from resnet_dist.paths import RunPaths
-from resnet_dist.rollback import read_rollbacks
+from launcher.journal.events import LAST_WORDS
+from resnet_dist.run.paths import RunPaths
+from resnet_dist.run.rollback import read_rollbacks
 from tests.faults.ground import Ground, Seen, expect, hashes
 
 

@@ -20,17 +20,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_prep import beton
-from launcher.freeze import create_run, rewrite_config
-from resnet_dist import checkpoint
-from resnet_dist.config import ConfigError, config_from_dict, config_to_dict, load_frozen
-from resnet_dist.data.digest import index_digest
-from resnet_dist.data.manifest import load_manifest
-from resnet_dist.paths import RunPaths
+from data_prep.shards import beton
+from launcher.frozen.freeze import create_run, rewrite_config
+from resnet_dist.config.load import ConfigError, config_from_dict, config_to_dict, load_frozen
+from resnet_dist.data.shards.digest import index_digest
+from resnet_dist.data.shards.manifest import load_manifest
+from resnet_dist.run import checkpoint
+from resnet_dist.run.paths import RunPaths
 from tests.faults.ground import STEPS, Difference, Ground, Seen, environment, expect
-from tests.unit.prep_material import hashes as hashes_of
-from tests.unit.prep_material import make_tree
-from tests.unit.test_checkpoint import make_state, same_bits
+from tests.unit.data_prep.material import hashes as hashes_of
+from tests.unit.data_prep.material import make_tree
+from tests.unit.run.test_checkpoint import make_state, same_bits
 
 # -- Writing checkpoints ---------------------------------------------------------------------------
 

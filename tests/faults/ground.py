@@ -21,11 +21,11 @@ from typing import Any
 
 import yaml
 
-from launcher.events import LAST_WORDS, Event, last_attempt, read_events, redone_steps
-from launcher.progress import checkpoint_step, heartbeat_steps
-from resnet_dist.config import Config, config_from_dict
-from resnet_dist.metrics import read_lines
-from resnet_dist.paths import RunPaths
+from launcher.journal.events import LAST_WORDS, Event, last_attempt, read_events, redone_steps
+from launcher.journal.progress import checkpoint_step, heartbeat_steps
+from resnet_dist.config.load import Config, config_from_dict
+from resnet_dist.run.paths import RunPaths
+from resnet_dist.watch.metrics import read_lines
 from tests.slurm.cluster import Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,8 +33,9 @@ INSIDE = Path(__file__).parent / "inside"
 STEPS, EVERY = 60, 10  # steps of a run, steps between checkpoints
 HANG_S = 15.0
 PATIENCE_S = 300.0  # for anything a trial waits for: the machine may be busy
-SUPERVISE = ("import sys; from pathlib import Path; from launcher.supervisor import supervise_here;"
-             "from resnet_dist.paths import RunPaths;"
+SUPERVISE = ("import sys; from pathlib import Path;"
+             "from launcher.supervise.supervisor import supervise_here;"
+             "from resnet_dist.run.paths import RunPaths;"
              "sys.exit(supervise_here(RunPaths(Path(sys.argv[1]))))")
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import psutil
 
-from resnet_dist.paths import RunPaths
+from resnet_dist.run.paths import RunPaths
 from tests.faults.daemons import Daemon
 from tests.faults.ground import EVERY, Ground, Seen, Trial, expect
 from tests.faults.ranks import SLACK

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from launcher.events import read_events
-from launcher.memory import _memory_cgroup
-from resnet_dist.checkpoint import read_record
-from resnet_dist.paths import RunPaths
+from launcher.journal.events import read_events
+from launcher.supervise.memory import _memory_cgroup
+from resnet_dist.run.checkpoint import read_record
+from resnet_dist.run.paths import RunPaths
 from tests.faults.ground import EVERY, HANG_S, PATIENCE_S, STEPS, Ground, Seen, expect
-from tests.unit.test_checkpoint_kills import kill_often
+from tests.unit.run.test_checkpoint_kills import kill_often
 
 DAY_S = 86_400
 SLACK = 5  # steps that a run makes while a checkpoint is being written

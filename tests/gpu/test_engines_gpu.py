@@ -15,7 +15,7 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("torch sees no GPU", allow_module_level=True)
 
-from resnet_dist.engine_core import Engine
+from resnet_dist.engine.core import Engine
 from tests.dist.harness import run_ranks
 from tests.dist.runs import after_an_overflow, build, digest, join, make_config, momentum, train
 

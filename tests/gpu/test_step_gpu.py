@@ -1,7 +1,8 @@
 """What only a GPU can show: no waiting, no layout conversion, recordings with equal bits, and loss
 curves of the fused network beside one of torch's own modules.
 
-The kernels themselves are tested in tests/unit/test_kernels.py, on the GPU where there is one.
+The kernels themselves are tested in tests/unit/kernels/test_kernels.py, on the GPU where there is
+one.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if not torch.cuda.is_available():
 
 from resnet_dist import kernels
 from resnet_dist.bench.step import plain_model
-from resnet_dist.engine import DDPEngine
+from resnet_dist.engine.ddp import DDPEngine
 from resnet_dist.kernels import reference
 from tests.dist.runs import build, digest, global_batch, join, make_config, train
 

@@ -23,8 +23,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from resnet_dist.metrics import read_lines
-from resnet_dist.paths import RunPaths
+from resnet_dist.run.paths import RunPaths
+from resnet_dist.watch.metrics import read_lines
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs" / "cifar10"
 PANELS = (("plain20", "plain56"), ("resnet20", "resnet56"))

@@ -15,8 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from resnet_dist.metrics import read_lines
-from resnet_dist.paths import RunPaths
+from resnet_dist.run.paths import RunPaths
+from resnet_dist.watch.metrics import read_lines
 
 RECIPE = Path(__file__).resolve().parents[2] / "configs" / "cifar10" / "resnet20.yaml"
 SETTINGS = ("bn_batch=32", "threads=1", "launch.cpus_per_rank=1", "schedule.milestones=[]",

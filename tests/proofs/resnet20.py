@@ -21,11 +21,11 @@ import sys
 import time
 from pathlib import Path
 
-from launcher.events import Event, read_events, record
-from launcher.status import RunStatus, statuses
-from resnet_dist.config import load_frozen
-from resnet_dist.metrics import read_lines
-from resnet_dist.paths import RunPaths
+from launcher.journal.events import Event, read_events, record
+from launcher.watch.status import RunStatus, statuses
+from resnet_dist.config.load import load_frozen
+from resnet_dist.run.paths import RunPaths
+from resnet_dist.watch.metrics import read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "configs" / "cifar10" / "resnet20.yaml"

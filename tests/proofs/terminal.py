@@ -19,10 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from launcher.events import Process, record
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-from launcher_stand_in import make_run
+from launcher.journal.events import Process, record
+from tests.unit.launcher.stand_in import make_run
 
 RUNS, STEPS, ATTEMPTS = 500, 600_000, 20
 

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from launcher.events import Event, read_events, record, redone_steps
-from launcher.progress import heartbeat_steps
-from launcher.submit import prepare, queue
-from resnet_dist.paths import RunPaths
-
-UNIT = Path(__file__).parents[1] / "unit"
-sys.path.insert(0, str(UNIT))
-import launcher_stand_in as stand_in  # noqa: E402
+from launcher.journal.events import Event, read_events, record, redone_steps
+from launcher.journal.progress import heartbeat_steps
+from launcher.submission.submit import prepare, queue
+from resnet_dist.run.paths import RunPaths
+from tests.conftest import ROOT
+from tests.unit.launcher import stand_in
 
 
 class SlurmRun:
@@ -29,7 +26,7 @@ class SlurmRun:
         prepare(self.run)
         record(self.run, "submitted", where="slurm", nodes=config.launch.nodes,
                steps=config.steps, batch_size=config.batch_size)
-        os.environ["PYTHONPATH"] = str(UNIT)  # where the job's class is
+        os.environ["PYTHONPATH"] = str(ROOT)  # where the job's class is
         self.job = queue(config, self.run, stand_in.StandInJob(str(root)))
         record(self.run, "queued", job=self.job)
 

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from launcher.events import read_events
-from launcher.freeze import read_provenance
-from launcher.source import code_fingerprint, freeze_code
-from resnet_dist.config import load_frozen
-from resnet_dist.metrics import read_lines
-from resnet_dist.paths import RunPaths
+from launcher.frozen.freeze import read_provenance
+from launcher.frozen.source import code_fingerprint, freeze_code
+from launcher.journal.events import read_events
+from resnet_dist.config.load import load_frozen
+from resnet_dist.run.paths import RunPaths
+from resnet_dist.watch.metrics import read_lines
 from tests.conftest import ROOT
-from tests.unit.prep_material import make_tree
+from tests.unit.data_prep.material import make_tree
 
 RECIPE = ROOT / "configs" / "digits" / "quickstart.yaml"
 STEPS = 12
@@ -67,8 +67,8 @@ def campaign(slurm: Any, digits: Path, tmp_path_factory: pytest.TempPathFactory)
                     *CONVERSION)
     checkout.submit(f"data={folder}/never", "name=broken", "--convert", bad, *CONVERSION)
     checkout.submit(f"data={digits}", "name=sweep", "--sweep", "seed=0,1,2,3", "--parallel", "2")
-    for module in ("resnet_dist/train.py", "resnet_dist/evaluate_run.py", "launcher/supervisor.py",
-                   "data_prep/convert.py"):
+    for module in ("resnet_dist/train.py", "resnet_dist/evaluate/report.py",
+                   "launcher/supervise/supervisor.py", "data_prep/convert.py"):
         path = checkout.root / module
         path.chmod(0o644)
         path.write_text("raise SystemExit('edited')\n")
@@ -133,7 +133,7 @@ def test_a_failed_conversion_ends_what_waits_for_it_and_status_says_so(campaign:
 def test_the_dry_run_shows_the_very_script_that_is_submitted(campaign: Checkout) -> None:
     run = campaign.run("chain")
     frozen = load_frozen(run.config)
-    from launcher.sbatch import batch_script
+    from launcher.slurm.sbatch import batch_script
 
     (submitted,) = [path.read_text() for path in run.submitit.glob("*_submission.sh")
                     if "job-name=chain" in path.read_text()]

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from slurm_runs import UNIT, SlurmRun, stand_in
-from slurm_runs import slurm as ask
-
-from launcher import campaign
-from launcher.control import stop
-from launcher.scheduler import queue_states
-from launcher.status import statuses
-from launcher.submit import submit
-from resnet_dist.config import ConfigError
+from launcher.slurm.scheduler import queue_states
+from launcher.submission import campaign
+from launcher.submission.control import stop
+from launcher.submission.submit import submit
+from launcher.watch.status import statuses
+from resnet_dist.config.load import ConfigError
 from tests.conftest import ROOT
+from tests.slurm.slurm_runs import SlurmRun, stand_in
+from tests.slurm.slurm_runs import slurm as ask
 
 RECIPE = ROOT / "configs" / "digits" / "quickstart.yaml"
 PATIENT = {"grace_s": 200}  # 30 s for `scontrol requeue`: a busy machine's controller may need them
@@ -97,7 +93,7 @@ def test_pickles_logs_and_secret_are_the_owners_alone(signalled):
 
 def test_tasks_of_an_array_are_requeued_one_by_one(slurm, tmp_path, monkeypatch):
     monkeypatch.setattr(campaign, "TrainJob", stand_in.StandInJob)
-    monkeypatch.setenv("PYTHONPATH", str(UNIT))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     made = [stand_in.make_run(tmp_path / f"task{number}", ranks=1, steps=300, cpus_per_rank=1,
                               **PATIENT) for number in range(2)]
     order = campaign.Order(RECIPE, sweep=("seed=0,1",))

@@ -7,7 +7,7 @@ import pytest
 from data_prep.convert import ConvertError, convert
 from data_prep.slurm import convert_slurm
 from data_prep.verify import verify
-from tests.unit.prep_material import hashes, make_tree, options
+from tests.unit.data_prep.material import hashes, make_tree, options
 
 
 @pytest.mark.slow

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from resnet_dist.metrics import read_lines
-from resnet_dist.paths import RunPaths
+from resnet_dist.run.paths import RunPaths
+from resnet_dist.watch.metrics import read_lines
 from tests.conftest import ROOT, Cli
 
 RECIPE = ROOT / "configs" / "digits" / "quickstart.yaml"

@@ -40,10 +40,10 @@ def test_resnet_dist_imports_neither_launcher_nor_data_prep() -> None:
 
 @pytest.mark.parametrize("room", ["launcher", "data_prep"])
 def test_outer_rooms_use_only_the_torch_free_front_of_resnet_dist(room: str) -> None:
-    allowed = ("resnet_dist.config", "resnet_dist.rules", "resnet_dist.paths", "resnet_dist.curves",
-               "resnet_dist.lease", "resnet_dist.rollback", "resnet_dist.data.manifest",
-               "resnet_dist.data.digest", "resnet_dist.clusters", "resnet_dist.models.names",
-               "resnet_dist.models.sizes")
+    allowed = ("resnet_dist.config", "resnet_dist.run.paths", "resnet_dist.run.curves",
+               "resnet_dist.run.lease", "resnet_dist.run.rollback",
+               "resnet_dist.data.shards.manifest", "resnet_dist.data.shards.digest",
+               "resnet_dist.models.catalog")
     bad = [pair for pair in imports()
            if in_room(pair[0], room) and in_room(pair[1], "resnet_dist")
            and not any(in_room(pair[1], front) for front in allowed)
@@ -61,7 +61,8 @@ def test_kernels_import_only_torch_triton_numpy() -> None:
 
 
 def test_the_command_and_the_login_node_modules_import_no_torch() -> None:
-    code = ("import sys, launcher.cli, launcher.submit, launcher.job, launcher.status, "
-            "launcher.freeze, launcher.foreground, resnet_dist.data.manifest; "
+    code = ("import sys, launcher.cli.verbs, launcher.submission.submit, launcher.job, "
+            "launcher.watch.status, launcher.frozen.freeze, launcher.foreground, "
+            "resnet_dist.data.shards.manifest; "
             "sys.exit('torch' in sys.modules)")
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

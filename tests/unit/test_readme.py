@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from resnet_dist.config import load_config
+from resnet_dist.config.load import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -34,7 +34,7 @@ def test_every_link_and_file_it_names_exists() -> None:
 
 
 def test_every_verb_it_shows_exists() -> None:
-    from launcher.cli import app
+    from launcher.cli.verbs import app
 
     verbs = {command.name or command.callback.__name__
              for command in app.registered_commands if command.callback}

@@ -12,15 +12,16 @@ import pytest
 
 from data_prep.slurm import private_folder
 from launcher.job import RunFailed, TrainJob
-from launcher.submit import prepare
-from resnet_dist.config import ConfigError
-from resnet_dist.paths import RunPaths
+from launcher.submission.submit import prepare
+from resnet_dist.config.load import ConfigError
+from resnet_dist.run.paths import RunPaths
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("launcher", "resnet_dist", "data_prep")
 # Their loads run code; tarfile's extraction has followed links out of its folder again and again.
 RUNS_CODE = ("pickle", "cPickle", "dill", "joblib", "cloudpickle", "shelve", "marshal", "tarfile")
-UNPICKLES_ARRAYS_ALONE = "data_prep/arrays.py"  # CIFAR's archives; tests/unit/test_sources.py
+# CIFAR's archives; tests/unit/data_prep/sources/test_sources.py
+UNPICKLES_ARRAYS_ALONE = "data_prep/sources/arrays.py"
 
 
 def source_files() -> list[Path]:

@@ -35,7 +35,7 @@ def die() -> None:
 
 def before_step(act: Callable[[Any, int, float], float], at: Callable[[int], bool]) -> None:
     """`act(engine, steps, lr)` where `at(steps)`; the step is taken at the rate it returns."""
-    from resnet_dist.engine_core import Engine
+    from resnet_dist.engine.core import Engine
 
     plain = Engine.train_step
 
@@ -116,7 +116,7 @@ def clock(step: int, value: float) -> None:
 
 def state(step: int, value: float) -> None:
     """SIGKILL while the ranks gather the state of `step` for a checkpoint."""
-    from resnet_dist.engine_core import Engine
+    from resnet_dist.engine.core import Engine
 
     plain = Engine.state
 
@@ -130,7 +130,7 @@ def state(step: int, value: float) -> None:
 
 def torn(step: int, value: float) -> None:
     """SIGKILL between the flush of the curves and the checkpoint of `step`, with half a line."""
-    from resnet_dist.checkpoint import CheckpointWriter
+    from resnet_dist.run.checkpoint import CheckpointWriter
 
     plain = CheckpointWriter.save
 
@@ -147,7 +147,7 @@ def torn(step: int, value: float) -> None:
 def late(step: int, value: float) -> None:
     """SIGSTOP just before the checkpoint of `step` is written; whoever continues it decides when
     it is committed."""
-    from resnet_dist.checkpoint import CheckpointWriter
+    from resnet_dist.run.checkpoint import CheckpointWriter
 
     plain = CheckpointWriter.save
 

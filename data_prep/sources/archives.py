@@ -1,0 +1,330 @@
+"""Sources made of tar archives: class folders, ILSVRC2012 as it was published, WebDataset shards.
+
+All are walked once and then read at offsets, plain archives by any number of workers; compressed
+ones are decompressed by every worker up to where it reads, so a plain tar is the faster source.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data_prep.sources import tars
+from data_prep.sources.found import (
+    Found,
+    file_fingerprint,
+    is_image_name,
+    refuse_size,
+    split_in_name,
+    split_names,
+)
+from data_prep.sources.tars import SourceError
+
+LOOK_FILES = 64  # members from which the kind of an archive is told
+MAX_LABEL_BYTES = 1 << 16
+VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
+CIFAR_NAMES = frozenset({"data_batch_1", "data_batch_1.bin", "train.bin", "fine_label_names.txt",
+                         "batches.meta", "batches.meta.txt"})
+
+
+def look_into(path: Path) -> str:
+    """"ilsvrc-train" (a tar of tars), "ilsvrc-val", "cifar", "webdataset", "flat" (images outside
+    folders) or "folders", from the first members. Raises: SourceError."""
+    data = tars.open_bytes(path)
+    names = []
+    try:
+        for member in tars.members(data):
+            if member.kind == "file" and member.name:
+                names.append(member.name)
+            if len(names) == LOOK_FILES:
+                break
+    finally:
+        data.close()
+    leaves = [name.rpartition("/")[2] for name in names]
+    if any(leaf in CIFAR_NAMES for leaf in leaves) or {"train", "test", "meta"} <= set(leaves):
+        return "cifar"
+    if leaves and all(leaf.endswith(".tar") for leaf in leaves):
+        return "ilsvrc-train"
+    if leaves and all(VAL_NAME.fullmatch(leaf) for leaf in leaves):
+        return "ilsvrc-val"
+    if any(leaf.endswith((".cls", ".cls.txt")) for leaf in leaves) or _pairs(names):
+        return "webdataset"
+    return "flat" if names and all("/" not in name for name in names) else "folders"
+
+
+def _pairs(names: list[str]) -> bool:
+    """Images that each have a .json of the same name beside them."""
+    stems = {name.rpartition(".")[0] for name in names if name.endswith(".json")}
+    return bool(stems) and any(name.rpartition(".")[0] in stems for name in names
+                               if is_image_name(name))
+
+
+class TarFolders:
+    """Tars of class folders; or, with `class_from_name`, tars that hold one class each."""
+
+    kind = "tar"
+    pixels = False
+    classes = None
+    default_val_fraction = None
+
+    def __init__(self, paths: list[Path], class_from_name: bool = False) -> None:
+        self.paths = paths
+        self.ignored = 0
+        self.reader: dict[str, Any] = {"reader": "spans",
+                                       "containers": [str(path.resolve()) for path in paths]}
+        self._class_from_name = class_from_name
+        self._folders: set[str] = set()
+        self._seen: set[str] = set()
+
+    def scan(self) -> Iterator[Found]:
+        for container, path in enumerate(self.paths):
+            data = tars.open_bytes(path)
+            prefix = path.name.partition(".")[0] if self._class_from_name else ""
+            try:
+                for member in tars.members(data):
+                    name = f"{prefix}/{member.name}" if prefix and member.name else member.name
+                    folder = name.rpartition("/")[0]
+                    if member.kind == "directory" and member.name not in ("", "."):
+                        self._folders.add(name)
+                    elif member.kind == "file" and is_image_name(name):
+                        self._seen.add(folder)
+                        yield Found(folder, name, container, member.offset, member.size)
+                    elif member.kind != "directory":
+                        self.ignored += 1
+            finally:
+                data.close()
+
+    def empty_groups(self) -> list[str]:
+        return sorted(self._folders - self._seen)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return file_fingerprint(self.paths)
+
+
+class Ilsvrc:
+    """ILSVRC2012 as published: a tar of one tar a class to train on; a flat tar to validate on,
+    whose labels are in the development kit that lies beside it.
+
+    Source: the kit's readme.txt, sections 2.2 (meta.mat) and 2.3 (validation ground truth).
+    """
+
+    kind = "ilsvrc2012"
+    pixels = False
+    classes = None  # sorted wnids, the field's order
+    default_val_fraction = None
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
+        self.ignored = 0
+        self.reader: dict[str, Any] = {"reader": "spans",
+                                       "containers": [str(path.resolve()) for path in paths]}
+
+    def scan(self) -> Iterator[Found]:
+        for container, path in enumerate(self.paths):
+            if look_into(path) == "ilsvrc-train":
+                yield from self._scan_train(container, path)
+            else:
+                yield from self._scan_val(container, path)
+
+    def _scan_train(self, container: int, path: Path) -> Iterator[Found]:
+        data = tars.open_bytes(path)
+        try:
+            for outer in tars.members(data):
+                if outer.kind != "file" or not outer.name.endswith(".tar"):
+                    self.ignored += outer.kind != "directory"
+                    continue
+                wnid = outer.name.rpartition("/")[2].removesuffix(".tar")
+                end = outer.offset + outer.size
+                for member in tars.members(data, outer.offset, end):
+                    if member.kind == "file" and is_image_name(member.name):
+                        yield Found(("train", wnid), f"{outer.name}/{member.name}", container,
+                                    member.offset, member.size)
+                    else:
+                        self.ignored += member.kind != "directory"
+        finally:
+            data.close()
+
+    def _scan_val(self, container: int, path: Path) -> Iterator[Found]:
+        labels = validation_labels(path.parent)
+        data = tars.open_bytes(path)
+        try:
+            for member in tars.members(data):
+                match = VAL_NAME.fullmatch(member.name.rpartition("/")[2])
+                if member.kind != "file" or not match:
+                    self.ignored += member.kind != "directory"
+                    continue
+                number = int(match[1])
+                if not 1 <= number <= len(labels):
+                    raise SourceError(f"{path}: {member.name} has no label; the development kit "
+                                      f"has {len(labels)}")
+                yield Found(("val", labels[number - 1]), member.name, container, member.offset,
+                            member.size)
+        finally:
+            data.close()
+
+    def empty_groups(self) -> list[str]:
+        return []
+
+    def fingerprint(self) -> dict[str, Any]:
+        return file_fingerprint(self.paths)
+
+
+def validation_labels(folder: Path) -> list[str]:
+    """wnid of every validation image, in order, from the development kit in `folder`: its archive
+    or its extracted directory. Raises: SourceError."""
+    archives = sorted(folder.glob("ILSVRC2012_devkit*.tar*"))
+    extracted = sorted(folder.glob("ILSVRC2012_devkit*/data"))
+    if archives:
+        meta, truth = _kit_files(archives[0])
+    elif extracted:
+        try:
+            meta = (extracted[0] / "meta.mat").read_bytes()
+            truth = (extracted[0] / "ILSVRC2012_validation_ground_truth.txt").read_bytes()
+        except OSError as error:
+            raise SourceError(f"{extracted[0]}: {error}") from None
+    else:
+        raise SourceError(f"SOURCE = {folder}: the validation archive needs its labels; put "
+                          "ILSVRC2012_devkit_t12.tar.gz beside it")
+    where = archives[0] if archives else extracted[0]
+    wnids = _wnids(meta, where)
+    try:
+        return [wnids[int(line)] for line in truth.split()]
+    except (KeyError, ValueError) as error:
+        raise SourceError(f"{where}: the ground truth has an unknown class {error}") from None
+
+
+def _kit_files(archive: Path) -> tuple[bytes, bytes]:
+    data = tars.open_bytes(archive)
+    files: dict[str, bytes] = {}
+    try:
+        for member in tars.members(data):
+            leaf = member.name.rpartition("/")[2]
+            if leaf in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt") and (
+                    member.kind == "file" and member.size < 1 << 26):
+                files[leaf] = data.read_at(member.offset, member.size)
+    finally:
+        data.close()
+    if len(files) != 2:
+        raise SourceError(f"{archive}: lacks meta.mat or ILSVRC2012_validation_ground_truth.txt")
+    return files["meta.mat"], files["ILSVRC2012_validation_ground_truth.txt"]
+
+
+def _wnids(meta: bytes, where: Path) -> dict[int, str]:
+    """wnid by ILSVRC2012_ID."""
+    import io
+
+    from scipy.io import loadmat
+
+    try:
+        synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
+        return {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in synsets.flat}
+    except Exception as error:  # loadmat raises anything on a damaged file
+        raise SourceError(f"{where}: meta.mat cannot be read ({error})") from None
+
+
+class WebDataset:
+    """Tars of samples: members that share a key, KEY.jpg with KEY.cls or KEY.json {"label": ...}.
+
+    Source: the WebDataset format (webdataset/webdataset): the key ends at the first dot of the
+    file's name. Labels are numbers, in their own order, or names, sorted.
+    """
+
+    kind = "webdataset"
+    pixels = False
+    default_val_fraction = None
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
+        self.ignored = 0
+        self.classes: tuple[str, ...] | None = None
+        self.reader: dict[str, Any] = {"reader": "spans",
+                                       "containers": [str(path.resolve()) for path in paths]}
+
+    def scan(self) -> Iterator[Found]:
+        splits = {path: split_in_name(path) for path in self.paths}
+        names = split_names(split for split in splits.values() if split)
+        largest, numbers_only = -1, True
+        for container, path in enumerate(self.paths):
+            split = names.get(splits[path] or "", "train")
+            for label, found in self._samples(container, path):
+                if label is not None:
+                    numbers_only &= label.isdigit()
+                    largest = max(largest, int(label)) if label.isdigit() else largest
+                    yield found._replace(group=(split, label))
+                else:
+                    yield found
+        if numbers_only and largest >= 0:
+            if largest > 1_000_000:
+                raise SourceError(f"{self.paths[0]}: has a label {largest}; labels count classes")
+            self.classes = tuple(str(label) for label in range(largest + 1))
+
+    def _samples(self, container: int, path: Path) -> Iterator[tuple[str | None, Found]]:
+        data = tars.open_bytes(path)
+        key: str | None = None
+        image: Found | None = None
+        label: str | None = None
+        try:
+            for member in tars.members(data):
+                if member.kind != "file" or not member.name:
+                    self.ignored += member.kind == "other"
+                    continue
+                folder, _, leaf = member.name.rpartition("/")
+                stem, _, ending = leaf.partition(".")
+                this = f"{folder}/{stem}"
+                if this != key:
+                    if image:
+                        yield label, image
+                    key, image, label = this, None, None
+                if is_image_name(member.name):
+                    name = f"{path.name}/{member.name}"
+                    image = Found("", name, container, member.offset, member.size)
+                elif ending in ("cls", "cls.txt", "json") and member.size <= MAX_LABEL_BYTES:
+                    found = _label(data.read_at(member.offset, member.size), ending)
+                    label = label if found is None else found
+            if image:
+                yield label, image
+        finally:
+            data.close()
+
+    def empty_groups(self) -> list[str]:
+        return []
+
+    def fingerprint(self) -> dict[str, Any]:
+        return file_fingerprint(self.paths)
+
+
+def _label(text: bytes, ending: str) -> str | None:
+    value: object = text.decode("utf-8", "replace").strip()
+    if ending == "json":
+        try:
+            tree = json.loads(text)
+        except ValueError:
+            return None
+        if not isinstance(tree, dict):
+            return None
+        value = next((tree[key] for key in ("label", "cls", "class", "class_id", "target")
+                      if isinstance(tree.get(key), int | str)), None)
+    return None if value is None or value == "" else str(value)
+
+
+class SpanReader:
+    """Images that lie as bytes inside plain or compressed files."""
+
+    def __init__(self, reader: dict[str, Any], max_bytes: int) -> None:
+        self._paths = [Path(path) for path in reader["containers"]]
+        self._open: dict[int, tars.Bytes] = {}
+        self._max_bytes = max_bytes
+
+    def read(self, name: str, container: int, offset: int, size: int) -> bytes:
+        refuse_size(size, self._max_bytes)
+        if container not in self._open:
+            while len(self._open) >= 16:
+                self._open.pop(next(iter(self._open))).close()
+            self._open[container] = tars.open_bytes(self._paths[container])
+        data = self._open[container].read_at(offset, size)
+        if len(data) < size:
+            raise SourceError(f"{self._paths[container]}: is shorter than when it was scanned")
+        return data

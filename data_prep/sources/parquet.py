@@ -1,0 +1,175 @@
+"""Parquet files with encoded images and labels, as data sets are distributed today.
+
+The image column is binary, or a struct with the field `bytes`; the label column holds numbers,
+whose names may stand in the metadata that Hugging Face's `datasets` writes, or names themselves.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data_prep.sources.found import Found, Unreadable, file_fingerprint, refuse_size, split_in_name
+from data_prep.sources.found import split_names as canonical_splits
+from data_prep.sources.tars import SourceError
+
+IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "image_bytes", "webp", "bytes")
+LABEL_COLUMNS = ("label", "fine_label", "labels", "cls", "class", "target", "class_id", "wnid")
+READ_ROWS = 64  # decoded from a column at a time: bounds memory whatever the row groups are
+
+
+class ParquetFiles:
+    """One or more files; a file's split is in its name or its folder's."""
+
+    kind = "parquet"
+    pixels = False
+    default_val_fraction = None
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
+        self.ignored = 0
+        self.classes: tuple[str, ...] | None = None
+        self.reader: dict[str, Any] = {"reader": "parquet", "column": "", "struct": False,
+                                       "containers": [str(path.resolve()) for path in paths]}
+
+    def scan(self) -> Iterator[Found]:
+        splits = {path: split_in_name(path) for path in self.paths}
+        names = canonical_splits(split for split in splits.values() if split)
+        listed: tuple[str, ...] | None = None
+        largest, numbers = -1, False
+        columns = None
+        for container, path in enumerate(self.paths):
+            file = _open(path)
+            image, label, struct = _columns(file, path)
+            if columns not in (None, (image, struct)):
+                raise SourceError(f"{path}: its columns differ from those of {self.paths[0]}")
+            columns = (image, struct)
+            self.reader |= {"column": image, "struct": struct}
+            listed = listed or _label_names(file, label)
+            split = names.get(splits[path] or "", "train")
+            row = 0
+            for batch in file.iter_batches(batch_size=8192, columns=[label]):
+                for value in batch.column(0).to_pylist():
+                    name = f"{path.name}:{row}"
+                    if value is None or value == "" or (isinstance(value, int) and value < 0):
+                        yield Found("", name, container, row, -1)  # unlabelled
+                    elif isinstance(value, int):
+                        numbers, largest = True, max(largest, value)
+                        if listed and value >= len(listed):
+                            raise SourceError(f"{path}: row {row} has label {value} of "
+                                              f"{len(listed)} named classes")
+                        yield Found((split, listed[value] if listed else str(value)), name,
+                                    container, row, -1)
+                    else:
+                        yield Found((split, str(value)), name, container, row, -1)
+                    row += 1
+        if listed:
+            self.classes = listed
+        elif numbers:
+            if largest > 1_000_000:
+                raise SourceError(f"{self.paths[0]}: has a label {largest}; labels count classes")
+            self.classes = tuple(str(value) for value in range(largest + 1))
+
+    def empty_groups(self) -> list[str]:
+        return []
+
+    def fingerprint(self) -> dict[str, Any]:
+        return file_fingerprint(self.paths)
+
+
+def _open(path: Path) -> Any:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(path, memory_map=False, pre_buffer=False)
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise SourceError(f"{path}: not a Parquet file ({reason[:200]})") from None
+
+
+def _columns(file: Any, path: Path) -> tuple[str, str, bool]:
+    """(image column, label column, is the image a struct)."""
+    import pyarrow
+
+    schema = file.schema_arrow
+    image = next((name for name in IMAGE_COLUMNS if name in schema.names), None)
+    label = next((name for name in LABEL_COLUMNS if name in schema.names), None)
+    if image is None or label is None:
+        raise SourceError(f"{path}: has columns {', '.join(schema.names)}; an image column "
+                          f"({', '.join(IMAGE_COLUMNS)}) and a label column "
+                          f"({', '.join(LABEL_COLUMNS)}) are needed")
+    kind = schema.field(image).type
+    struct = pyarrow.types.is_struct(kind)
+    if struct and "bytes" not in [kind.field(i).name for i in range(kind.num_fields)]:
+        raise SourceError(f"{path}: the struct {image!r} has no field 'bytes'")
+    if not struct and not (pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)):
+        raise SourceError(f"{path}: column {image!r} holds {kind}, not encoded images")
+    return image, label, struct
+
+
+def _label_names(file: Any, label: str) -> tuple[str, ...] | None:
+    metadata = file.schema_arrow.metadata or {}
+    try:
+        names = json.loads(metadata[b"huggingface"])["info"]["features"][label]["names"]
+    except (KeyError, ValueError, TypeError):
+        return None
+    unique = len(set(names)) == len(names) and all(isinstance(name, str) for name in names)
+    return tuple(names) if names and unique else None
+
+
+class ParquetReader:
+    """Reads rows forwards, a few at a time; going back opens the row group again."""
+
+    def __init__(self, reader: dict[str, Any], max_bytes: int) -> None:
+        self._paths = [Path(path) for path in reader["containers"]]
+        self._column = reader["column"]
+        self._struct = reader["struct"]
+        self._max_bytes = max_bytes
+        self._container = -1
+        self._file: Any = None
+        self._batches: Iterator[Any] = iter(())
+        self._batch: Any = None
+        self._first = self._next = 0  # rows of the batch at hand
+
+    def read(self, name: str, container: int, offset: int, size: int) -> bytes:
+        import pyarrow
+
+        try:
+            if container != self._container or not self._first <= offset:
+                self._seek(container, offset)
+            while offset >= self._next:
+                self._batch = next(self._batches)
+                self._first, self._next = self._next, self._next + self._batch.num_rows
+        except (pyarrow.ArrowException, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise SourceError(f"{self._paths[container]}: damaged near row {offset} "
+                              f"({reason[:200]})") from None
+        except StopIteration:
+            raise SourceError(f"{self._paths[container]}: is shorter than when it was "
+                              "scanned") from None
+        column = self._batch.column(0)
+        value = column[offset - self._first]
+        if self._struct and value.is_valid:
+            value = value["bytes"]
+        if not value.is_valid:
+            raise Unreadable("is missing (null)")
+        buffer = value.as_buffer()
+        refuse_size(buffer.size, self._max_bytes)
+        return buffer.to_pybytes()
+
+    def _seek(self, container: int, row: int) -> None:
+        if container != self._container:
+            self._file = _open(self._paths[container])
+            self._container = container
+        groups = self._file.metadata.num_row_groups
+        first, group = 0, 0
+        while group < groups and first + self._file.metadata.row_group(group).num_rows <= row:
+            first += self._file.metadata.row_group(group).num_rows
+            group += 1
+        self._batches = self._file.iter_batches(
+            batch_size=READ_ROWS, row_groups=list(range(group, groups)), columns=[self._column],
+            use_threads=False)
+        self._first = self._next = first

@@ -1,0 +1,138 @@
+"""`resnet-dist bench ...`: what can be measured, and its help, nothing else; see `cli`."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launcher.cli.help import Verb, Verbs
+from launcher.cli.words import Json, console
+
+bench = typer.Typer(cls=Verbs, no_args_is_help=True,
+                    help="Measure, side by side with the usual choice.")
+measure = partial(bench.command, cls=Verb)
+
+
+@measure("convert")
+def bench_convert(
+    source: Annotated[str, typer.Argument(help="images, repeated to --images")],
+    images: Annotated[int, typer.Option("--images")] = 5000,
+    workers: Annotated[int, typer.Option("--workers")] = 2,
+    repeats: Annotated[int, typer.Option("--repeats")] = 3,
+    case: Annotated[str | None, typer.Option("--case", help="mixed or encode alone")] = None,
+    scratch: Annotated[Path | None, typer.Option("--scratch", help="folder to work in")] = None,
+    as_json: Json = False,
+) -> None:
+    """Conversion beside FFCV's own DatasetWriter.
+
+    Example: `resnet-dist bench convert photos/ --workers 4`
+    """
+    from launcher.bench import convert_beside_ffcv
+
+    convert_beside_ffcv(console, source, scratch, images=images, workers=workers, repeats=repeats,
+                        case=case, as_json=as_json)
+
+
+@measure("loader")
+def bench_loader(
+    dataset: Annotated[Path, typer.Argument(help="data set directory with JPEG shards")],
+    size: Annotated[int, typer.Option("--size", help="pixels")] = 224,
+    threads: Annotated[int, typer.Option("--threads")] = 2,
+    rounds: Annotated[int, typer.Option("--rounds")] = 5,
+    images: Annotated[int, typer.Option("--images", help="of one loader in one round")] = 1536,
+    sheet: Annotated[Path | None, typer.Option("--sheet", help="also draw crops to a PNG")] = None,
+    as_json: Json = False,
+) -> None:
+    """Our loader beside stock FFCV's and a folder of files.
+
+    Example: `resnet-dist bench loader data/imagenet --threads 8`
+    """
+    from launcher.bench import loaders_side_by_side
+
+    loaders_side_by_side(console, dataset, size=size, threads=threads, rounds=rounds,
+                         images=images, sheet=sheet, as_json=as_json)
+
+
+@measure("step")
+def bench_step(
+    model: Annotated[str, typer.Option("--model")] = "resnet50",
+    batch: Annotated[int, typer.Option("--batch", help="images of one step")] = 32,
+    bn_batch: Annotated[int, typer.Option("--bn-batch", help="ours: images a BatchNorm")] = 32,
+    size: Annotated[int, typer.Option("--size", help="pixels")] = 224,
+    precision: Annotated[str, typer.Option("--precision", help="bf16, fp16, fp32; auto")] = "auto",
+    rounds: Annotated[int, typer.Option("--rounds")] = 5,
+    steps: Annotated[int, typer.Option("--steps", help="of one competitor in one round")] = 3,
+    as_json: Json = False,
+) -> None:
+    """The training step beside torch's own: eager, channels_last, compiled; and the floor.
+
+    Example, on an H200: `resnet-dist bench step --batch 256 --steps 20`
+    """
+    from launcher.bench import step_beside_torch
+
+    step_beside_torch(console, ["--model", model, "--batch", str(batch), "--bn-batch",
+                                str(bn_batch), "--size", str(size), "--precision", precision,
+                                "--rounds", str(rounds), "--steps", str(steps)], as_json=as_json)
+
+
+@measure("kernels")
+def bench_kernels(
+    batch: Annotated[int, typer.Option("--batch")] = 32,
+    bn_batch: Annotated[int, typer.Option("--bn-batch")] = 32,
+    precision: Annotated[str, typer.Option("--precision", help="bf16, fp16, fp32; auto")] = "auto",
+    rounds: Annotated[int, typer.Option("--rounds")] = 5,
+    compiled: Annotated[bool, typer.Option("--compiled", help="torch.compile, too")] = False,
+    as_json: Json = False,
+) -> None:
+    """Each kernel beside its plain formulation, with the share of a copy's speed.
+
+    Example: `resnet-dist bench kernels --batch 64 --precision bf16`
+    """
+    from launcher.bench import kernels_beside_torch
+
+    kernels_beside_torch(console, ["--batch", str(batch), "--bn-batch", str(bn_batch),
+                                   "--precision", precision, "--rounds", str(rounds),
+                                   *(["--compiled"] if compiled else [])], as_json=as_json)
+
+
+@measure("scaling")
+def bench_scaling(
+    plan: Annotated[bool, typer.Option("--plan", help="8 to 4,096 GPUs; measures nothing")] = False,
+    worlds: Annotated[str, typer.Option("--worlds", help="ranks to fit the model to")] = "1,2,4",
+    unseen: Annotated[str, typer.Option("--unseen", help="ranks to judge it on")] = "8",
+    rounds: Annotated[int, typer.Option("--rounds")] = 2,
+    figure: Annotated[Path | None, typer.Option("--figure", help="also draw a PNG")] = None,
+    as_json: Json = False,
+) -> None:
+    """Weak and strong scaling on this machine's ranks, or a plan for many GPUs.
+
+    Example: `resnet-dist bench scaling --plan`
+    """
+    from launcher.bench import scaling_here
+
+    scaling_here(console, ["--worlds", worlds, "--unseen", unseen, "--rounds", str(rounds),
+                           *([] if figure is None else ["--figure", str(figure)])],
+                 planned=plan, as_json=as_json)
+
+
+@measure("save")
+def bench_save(
+    model: Annotated[str, typer.Option("--model")] = "resnet50",
+    size: Annotated[int, typer.Option("--size", help="pixels of the made-up images")] = 64,
+    batch_size: Annotated[int, typer.Option("--batch-size")] = 32,
+    rounds: Annotated[int, typer.Option("--rounds", help="saves in each way")] = 5,
+    scratch: Annotated[Path | None, typer.Option("--scratch", help="folder to save in")] = None,
+    as_json: Json = False,
+) -> None:
+    """Saving in the background beside saving while the step waits.
+
+    Example: `resnet-dist bench save --model resnet50 --scratch /scratch`
+    """
+    from launcher.bench import saves_side_by_side
+
+    saves_side_by_side(console, scratch, ["--model", model, "--size", str(size), "--batch-size",
+                                          str(batch_size), "--rounds", str(rounds)],
+                       as_json=as_json)

@@ -1,0 +1,26 @@
+"""What the verbs share: arguments with their help and completion, and where they print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from launcher.cli import completion
+
+console = Console()
+errors = Console(stderr=True)
+
+Recipe = Annotated[Path, typer.Argument(metavar="CONFIG", help="a recipe from configs/",
+                                        autocompletion=completion.recipes)]
+Overrides = Annotated[list[str] | None, typer.Argument(
+    metavar="[key=value ...]", help="settings laid over the recipe",
+    autocompletion=completion.settings)]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="a run's name under --runs, or its path",
+                                    autocompletion=completion.run_names)]
+Runs = Annotated[str, typer.Option("--runs", help="folder that holds the run directories")]
+Allow = Annotated[str, typer.Option("--allow", metavar="KIND[,KIND]", help=(
+    "go on though config, code or data is not what the run recorded"))]
+Json = Annotated[bool, typer.Option("--json", help="print JSON for a script")]

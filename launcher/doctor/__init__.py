@@ -1,0 +1,1 @@
+"""Can this machine, and this cluster, train?"""

@@ -1,0 +1,175 @@
+"""Is this machine ready? One finding a line: ok, problem or note, and what to do about it.
+
+Imports no torch itself: packages that load native libraries are tried in a child process, so that a
+broken one is a finding and not a crash.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from launcher.doctor.slurm import Finding, slurm_findings
+from launcher.doctor.slurm import finding as _finding
+from resnet_dist.config.load import ConfigError, config_from_dict
+from resnet_dist.data.shards.manifest import check_dataset
+
+_NATIVE = {
+    "torch": ("import torch; print(torch.__version__)", "run `./install.sh` again"),
+    "ffcv": ("import importlib.metadata, ffcv._libffcv, ffcv; "
+             "print(importlib.metadata.version('ffcv'))", "run `./install.sh` again"),
+    "deepspeed": ("import deepspeed; print(deepspeed.__version__)", "run `./install.sh` again"),
+    "decoder": ("from resnet_dist.data.decode.decoder import library; print(library()._name)",
+                "run `./install.sh` again"),
+}
+# What a library that is not found comes with, by the beginning of its name.
+_LIBRARIES = {"libopencv_": "libopencv-dev", "libturbojpeg": "libturbojpeg0-dev",
+              "libjpeg": "libjpeg-dev", "libGL.": "libgl1", "libgthread": "libglib2.0-0",
+              "libglib": "libglib2.0-0", "libtbb": "libtbb12", "libstdc++": "libstdc++6"}
+_LOST = re.compile(r"(lib[\w+.-]+): cannot open shared object file")
+_GPU = ("import torch; n = torch.cuda.device_count(); "
+        "print(', '.join(torch.cuda.get_device_name(i) for i in range(n)) if n else 'none')")
+
+def examine(folder: Path = Path(), *, slurm: bool = True, data: str | None = None
+            ) -> list[Finding]:
+    """All findings, cheapest first.
+
+    Args:
+        folder: where runs would be written.
+        slurm: also ask the cluster how it is set up.
+        data: a data set that should be usable here.
+    """
+    findings = [_finding("ok", "python", platform.python_version()),
+                *(_package(name) for name in ("submitit", "tensorboard", "numpy"))]
+    findings += [_with_package(_child(name, code, remedy))
+                 for name, (code, remedy) in _NATIVE.items()]
+    findings += [_cpus(), *_gpus(), *(slurm_findings() if slurm else ()), *_file_system(folder)]
+    return findings + ([_dataset(data)] if data is not None else [])
+
+
+def show(console: Console, findings: list[Finding]) -> None:
+    table = Table("", "what", "found", "remedy", box=None, pad_edge=False)
+    many = any("where" in finding for finding in findings)
+    if many:
+        table.add_column("nodes")
+    marks = {"ok": "[green]ok[/]", "problem": "[red]problem[/]", "note": "[yellow]note[/]"}
+    for finding in findings:
+        where = (finding.get("where", ""),) if many else ()
+        table.add_row(marks[finding["state"]], finding["what"], finding["found"],
+                      finding["remedy"], *where)
+    console.print(table)
+
+
+def _package(name: str) -> Finding:
+    try:
+        return _finding("ok", name, importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return _finding("problem", name, "not installed", "run `make quickstart` again")
+
+
+def _child(what: str, code: str, remedy: str) -> Finding:
+    """Run `code` in a fresh interpreter; what it prints last is what was found."""
+    try:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                              timeout=120)
+    except subprocess.TimeoutExpired:
+        return _finding("problem", what, "does not load within 120 s", remedy)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return _finding("problem", what, reason[:120], remedy)
+    return _finding("ok", what, done.stdout.strip().splitlines()[-1])
+
+
+def _with_package(finding: Finding) -> Finding:
+    """Name the package of a shared library that was not found, and the way without root."""
+    lost = _LOST.search(finding["found"])
+    if finding["state"] != "problem" or not lost:
+        return finding
+    package = next((package for start, package in _LIBRARIES.items()
+                    if lost[1].startswith(start)), None)
+    install = (f"`sudo apt-get install -y --no-install-recommends {package}`, or without root "
+               if package else "")
+    return {**finding, "found": f"{lost[1]} is missing",
+            "remedy": f"{install}`./install.sh` again (docs/install.md)"}
+
+
+def _cpus() -> Finding:
+    usable, present = len(os.sched_getaffinity(0)), os.cpu_count() or 1
+    threads = os.environ.get("OMP_NUM_THREADS")
+    found = f"{usable} usable of {present}"
+    if threads:
+        return _finding("ok", "cpus", f"{found}, OMP_NUM_THREADS={threads}",
+                        "the key `threads` decides for training")
+    return _finding("ok", "cpus", found)
+
+
+def _gpus() -> list[Finding]:
+    """What torch sees, and the driver under it."""
+    found = _child("gpus", _GPU, "check the driver with `nvidia-smi`")
+    if found["found"] != "none":
+        return [found, *_driver()]
+    if shutil.which("nvidia-smi"):
+        return [_finding("problem", "gpus", "nvidia-smi is here but torch sees none",
+                         "install a CUDA build of torch"), *_driver()]
+    return [_finding("note", "gpus", "none", "training runs on the CPUs")]
+
+
+def _driver() -> list[Finding]:
+    try:
+        done = subprocess.run(["nvidia-smi", "--query-gpu=driver_version,memory.total",
+                               "--format=csv,noheader"], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return [_finding("problem", "gpu driver", str(error)[:120], "is the driver loaded?")]
+    if done.returncode:
+        return [_finding("problem", "gpu driver", done.stdout.strip()[:120] or "nvidia-smi failed",
+                         "is the driver loaded?")]
+    return [_finding("ok", "gpu driver", "; ".join(sorted(set(done.stdout.strip().splitlines()))))]
+
+
+def _dataset(path: str) -> Finding:
+    """Manifest and sizes of the shards; contents are `resnet-dist verify`'s."""
+    try:
+        manifest = check_dataset(config_from_dict({"name": "doctor", "data": path}))
+    except ConfigError as error:
+        return _finding("problem", "data set", str(error), "")
+    counts = ", ".join(f"{split.samples:,} {name}" for name, split in manifest.splits.items())
+    return _finding("ok", "data set", f"{manifest.name}: {counts}, {manifest.num_classes} classes")
+
+
+def _file_system(folder: Path) -> list[Finding]:
+    """Do rename, fsync and locks work where runs would be written?"""
+    try:
+        with tempfile.TemporaryDirectory(prefix=".doctor-", dir=folder) as scratch:
+            before, after = Path(scratch, "before"), Path(scratch, "after")
+            after.write_text("old")
+            with open(before, "w") as file:
+                file.write("new" * 1_000_000)
+                file.flush()
+                began = time.perf_counter()
+                os.fsync(file.fileno())
+                fsync_s = time.perf_counter() - began
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.replace(before, after)
+            directory = os.open(scratch, os.O_RDONLY)
+            os.fsync(directory)
+            os.close(directory)
+            assert after.read_text().startswith("new")
+    except OSError as error:
+        return [_finding("problem", "file system", str(error)[:120],
+                         "write runs to another file system with runs=DIR")]
+    free_gb = shutil.disk_usage(folder).free / 1e9
+    return [_finding("ok", "file system", f"rename, fsync (3 MB in {fsync_s * 1e3:.0f} ms), locks"),
+            _finding("ok" if free_gb > 5 else "note", "disk", f"{free_gb:.0f} GB free",
+                     "" if free_gb > 5 else "a ResNet-50 checkpoint takes 0.2 GB")]

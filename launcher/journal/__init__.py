@@ -1,0 +1,1 @@
+"""What a run has said: its events and its heartbeats."""

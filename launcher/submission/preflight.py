@@ -1,0 +1,124 @@
+"""Everything that can be known about a job before it is queued: is it possible, what will it cost.
+
+`check` refuses on the login node what would fail on the compute nodes, after hours in the queue.
+`dry_run` shows what `submit` would do and does nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from launcher.frozen.freeze import anchored, refuse_taken
+from launcher.slurm.cluster import cluster_problems
+from launcher.slurm.sbatch import batch_script, python_command
+from launcher.slurm.scheduler import have_slurm
+from launcher.submission.costs import Estimate, estimate, size
+from launcher.submission.submit import one_machine_problems
+from resnet_dist.config.load import Config, ConfigError, config_to_dict, dump_config
+from resnet_dist.data.shards.manifest import check_dataset
+from resnet_dist.run.paths import RunPaths
+
+
+def check(config: Config, *, local: bool, dataset: bool = True, runs: int = 1,
+          cluster: bool = True) -> Estimate:
+    """What one run will cost. Raises: ConfigError with one line a problem.
+
+    Args:
+        runs: how many like it are submitted together.
+        cluster: False leaves it to SLURM whether the cluster can do it.
+        local: no cluster is asked.
+        dataset: False where a conversion that is queued before will make it.
+    """
+    manifest = check_dataset(config) if dataset else None
+    refuse_taken(config)
+    slurm = have_slurm() and not local
+    problems = _job_problems(config, cluster) if slurm else one_machine_problems(config)
+    cost = estimate(config, manifest)
+    if cost.disk_bytes * runs > cost.free_bytes:
+        problems.append(
+            f"runs = {config.runs}: {cost.checkpoints * runs} checkpoints of "
+            f"{size(cost.checkpoint_bytes)} need {size(cost.disk_bytes * runs)}, "
+            f"{size(cost.free_bytes)} are left there; name another folder with runs=DIR, or keep "
+            "fewer with checkpoint.keep_last=1")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return cost
+
+
+def _job_problems(config: Config, cluster: bool) -> list[str]:
+    python_command(config, None)  # a container that is not there
+    return cluster_problems(config) if cluster else []
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `submit` would do."""
+
+    config: Config
+    script: str | None  # None: the job would run on this machine
+    slurm: str  # what SLURM says to the script
+    cost: Estimate
+
+    def as_json(self) -> dict[str, Any]:
+        return {"config": config_to_dict(self.config), "script": self.script, "slurm": self.slurm,
+                "estimate": self.cost.as_json()}
+
+
+def dry_run(config: Config, *, local: bool, after: Sequence[str] = (), dataset: bool = True,
+            runs: int = 1, cluster: bool = True) -> Plan:
+    """The plan; nothing is queued and no run directory made. Raises: ConfigError."""
+    cost = check(config, local=local, dataset=dataset, runs=runs, cluster=cluster)
+    config = anchored(config)
+    if local or not have_slurm():
+        return Plan(config, None, "", cost)
+    script = batch_script(config, RunPaths(Path(config.runs) / str(config.name)),
+                          after)
+    return Plan(config, script, _asked_slurm(script), cost)
+
+
+def show(console: Console, plan: Plan, *, as_json: bool) -> None:
+    if as_json:
+        console.file.write(json.dumps(plan.as_json()) + "\n")
+        return
+    _title(console, "resolved configuration")
+    console.print(dump_config(plan.config), markup=False, highlight=False, end="", soft_wrap=True)
+    _title(console, "batch script")
+    console.print(plan.script or "none: the job would run on this machine", markup=False,
+                  highlight=False, end="", soft_wrap=True)
+    _title(console, "\nestimate")
+    for what, how_much in plan.cost.rows(plan.config):
+        console.print(f"{what:>12}  {how_much}", markup=False, highlight=False, soft_wrap=True)
+    if plan.slurm:
+        console.print(f"{'SLURM':>12}  {plan.slurm}", markup=False, highlight=False,
+                      soft_wrap=True)
+    console.print(f"{'dry run':>12}  nothing was queued", highlight=False)
+
+
+def _title(console: Console, text: str) -> None:
+    console.print(f"[bold]{text}[/]", highlight=False)
+
+
+def _asked_slurm(script: str) -> str:
+    """`sbatch --test-only`: when the job would start. Raises: ConfigError with SLURM's refusal."""
+    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
+        file.write(script)
+        file.flush()
+        try:
+            done = subprocess.run(["sbatch", "--test-only", file.name], capture_output=True,
+                                  text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            return "does not answer"
+    words = " ".join((done.stderr or done.stdout).split()).replace("sbatch: ", "")
+    if done.returncode:
+        raise ConfigError(f"launch.* : SLURM would refuse the job ({words}); `sinfo` lists "
+                          "partitions and their limits, `--local` runs here")
+    return re.sub(r"^Job \d+ to start", "would start it", words)

@@ -1,0 +1,1 @@
+"""Keeping a job's ranks alive on its nodes."""

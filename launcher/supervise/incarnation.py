@@ -1,0 +1,202 @@
+"""One incarnation of a job: where it runs, which signals it got, and who may run the run.
+
+An incarnation is what SLURM starts and ends; a requeued job has several. Each has one supervisor a
+node, and inside it there may be several attempts, each with fresh worker processes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+from launcher.journal.events import Process, read_events, record, restarts_without_progress
+from launcher.journal.progress import checkpoint_step, reached
+from launcher.slurm import scheduler
+from launcher.slurm.scheduler import JobFacts
+from resnet_dist.run.lease import COMMIT_WAIT_S, holder, locked
+from resnet_dist.run.paths import RunPaths
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.05
+GATHER_S = 120.0  # nodes of one job start within this time
+TAKEOVER_S = 10.0  # an incarnation that SLURM has requeued may still be ending
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this supervisor runs."""
+
+    where: str  # "slurm", "local" (submitted, on this machine) or "foreground"
+    job: str = ""
+    restart: int = 0  # how often SLURM has requeued the job
+    node: int = 0
+    names: tuple[str, ...] = ("127.0.0.1",)
+
+    @property
+    def incarnation(self) -> str:
+        return f"{self.job}.{self.restart}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an incarnation ended: "finished", "stopped", "failed", "requeued", "requeue" (SLURM did
+    not obey; the exit code must ask for it), or "superseded" (a later one runs the run)."""
+
+    kind: str
+    cause: str = ""
+    code: int = 1  # where it failed: the exit code of the first worker that did
+
+
+class Held(RuntimeError):
+    """Another job runs the run; the message names it."""
+
+
+class Signals:
+    """Stop signals received so far; the handler only notes them."""
+
+    def __init__(self) -> None:
+        self.received: list[signal.Signals] = []
+
+    @contextmanager
+    def installed(self) -> Iterator[Signals]:
+        """Replaces submitit's handlers, which know rank 0 alone, ignore SIGTERM, and act inside
+        the handler."""
+        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+        before = {number: signal.signal(number, self._note) for number in numbers}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received.append(signal.Signals(number))
+
+    @property
+    def warned(self) -> bool:
+        """Whether one of them asks for a requeue."""
+        return any(number in (signal.SIGUSR1, signal.SIGUSR2) for number in self.received)
+
+    @property
+    def final(self) -> bool:
+        """Whether one of them ends a job, as far as the signal tells."""
+        return any(number in (signal.SIGTERM, signal.SIGINT) for number in self.received)
+
+
+def note_crash(run: RunPaths, attempt: int, cause: str, max_restarts: int, **more: int) -> str:
+    """Record why an attempt ended; why the run must give up, or ""."""
+    record(run, "crashed", attempt=attempt, cause=cause, checkpoint=checkpoint_step(run),
+           reached=reached(run, attempt), **more)
+    log.error("attempt %d: %s", attempt, cause)
+    count = restarts_without_progress(read_events(run))
+    if count <= max_restarts:
+        return ""
+    return f"{cause} (gave up after {count - 1} restarts without a new checkpoint)"
+
+
+def requeue(run: RunPaths, place: Place, why: str, grace_s: float) -> Outcome:
+    """Ask SLURM for another incarnation, by command or, where it does not obey, by exit code."""
+    obeyed = scheduler.requeue(place.job, place.restart, patience_s=0.15 * grace_s)
+    record(run, "requeued", how="scontrol requeue" if obeyed else "exit code", why=why)
+    return Outcome("requeued" if obeyed else "requeue", why)
+
+
+def decide(facts: JobFacts | None, restart: int, warned: bool) -> str:
+    """What a SIGTERM in a SLURM job means: "requeue" (we must), "requeued" (SLURM does), or why
+    the job ends for good.
+
+    Measured on 22.05: after `scontrol requeue` and a preemption without grace the job is
+    COMPLETING and its restart count has gone up; after `scancel` it is COMPLETING and the count has
+    not; within the GraceTime of a preemption it is RUNNING with a PreemptTime, and a job that ends
+    now by itself would not be requeued; after `scancel --signal=TERM` it is RUNNING without one.
+
+    Args:
+        restart: restart count of this incarnation.
+        warned: a signal that asks for a requeue came before.
+    """
+    if facts is None:
+        return "SLURM does not answer; it decides"
+    if facts.given_up(restart):
+        return "requeued"
+    if facts.state == "RUNNING" and (facts.preempted or warned):
+        return "requeue"
+    if facts.state == "TIMEOUT":
+        return "requeue"
+    return "ended by scancel or at the time limit" if facts.state != "RUNNING" else "asked to stop"
+
+
+def read_secret(run: RunPaths) -> bytes:
+    return bytes.fromhex(run.secret.read_text())
+
+
+@contextmanager
+def lease(run: RunPaths, place: Place) -> Iterator[str]:
+    """Be the only one who runs this run; inside, what the lease says. Raises: Held.
+
+    An earlier incarnation of the same job may still hold it. It is waited for, and then replaced:
+    SLURM would not have started this one if it had not given that one up, e.g. because its node's
+    slurmd is dead. From then on its commits are refused, and it ends as soon as it looks.
+    """
+    deadline = time.monotonic() + (TAKEOVER_S if place.restart else 5)
+    handle = _try_lease(run)
+    while handle is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+        handle = _try_lease(run)
+    mine = (f"{place.where} job {place.incarnation}, pid {os.getpid()} on {Process.this().host}")
+    if handle is None:
+        other = holder(run)
+        if not _outdated(other, place):
+            raise Held(f"{run.root} is run by {other}; stop that one first, or copy the "
+                       "run under another name")
+        log.warning("taking the run over from %s, which SLURM has given up", other)
+    temporary = run.lease.with_name(f".{run.lease.name}.{os.getpid()}")
+    fresh = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        fcntl.flock(fresh, fcntl.LOCK_EX)
+        os.write(fresh, f"{mine}\n".encode())
+        with locked(run.commit_lock, COMMIT_WAIT_S):  # no commit is under way
+            os.replace(temporary, run.lease)
+        yield mine
+    finally:
+        os.close(fresh)
+        if handle is not None:
+            os.close(handle)
+
+
+def _try_lease(run: RunPaths) -> int | None:
+    """A handle on the lease file, locked; None where another process has it."""
+    handle = os.open(run.lease, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    try:
+        if os.path.samestat(os.fstat(handle), os.stat(run.lease)):
+            return handle
+    except FileNotFoundError:
+        pass
+    os.close(handle)  # it was replaced between the two lines
+    return None
+
+
+def _outdated(other: str, place: Place) -> bool:
+    """Whether a lease names an earlier incarnation of the same SLURM job."""
+    named = re.match(r"slurm job ([\d_]+)\.(\d+),", other)
+    return bool(place.where == "slurm" and named and named[1] == place.job
+                and int(named[2]) < place.restart)
+
+
+def log_to_stderr(node: int) -> None:
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, force=True,
+                        format=f"%(asctime)s supervisor {node}: %(message)s")

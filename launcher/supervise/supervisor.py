@@ -1,0 +1,453 @@
+"""Supervision of a run: start the ranks, watch them, restart them, end them.
+
+One supervisor a node. That of node 0 leads: it announces attempts, collects exits, decides. The
+others only run their node's workers for it. With one node there is no socket.
+
+What ends an attempt, and what follows (imports no torch; safetensors and models are the workers'):
+
+    all workers finished             the run is finished
+    a worker failed, or hangs        all workers are killed; a new attempt in the same allocation,
+                                     unless `max_restarts` in a row brought no new checkpoint
+    a node is lost                   the same, in a new allocation
+    diverged                         back to an earlier checkpoint, at most `max_rollbacks` in a row
+    bad input                        the run failed: another attempt would only repeat it
+    a later incarnation runs the run the workers are killed at once, and nothing is recorded
+    SIGUSR1, SIGUSR2                 saved, requeued (time limit, warning of a preemption)
+    SIGTERM                          saved; requeued where SLURM means that, else stopped
+    stop_request in the run folder   saved, stopped
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+from launcher.journal.events import (
+    LAST_WORDS,
+    Process,
+    last_attempt,
+    read_events,
+    record,
+    restarts_without_progress,
+    rollbacks_in_a_row,
+)
+from launcher.journal.progress import checkpoint_step, checkpoint_steps, reached
+from launcher.slurm import scheduler
+from launcher.supervise.channel import Hub, Message, address_of_leader, free_port
+from launcher.supervise.follower import Follower
+from launcher.supervise.incarnation import (
+    GATHER_S,
+    POLL_S,
+    Held,
+    Outcome,
+    Place,
+    Signals,
+    decide,
+    lease,
+    log_to_stderr,
+    note_crash,
+    read_secret,
+    requeue,
+)
+from launcher.supervise.workers import BAD_INPUT, DIVERGED, FINISHED, Exit, Workers, train_command
+from resnet_dist.config.load import Config, load_frozen
+from resnet_dist.run.lease import holder
+from resnet_dist.run.paths import RunPaths
+from resnet_dist.run.rollback import Rollback, add_rollback
+
+log = logging.getLogger(__name__)
+
+_LOST_PEER = re.compile(r"[Cc]onnection (was )?(closed|reset|refused|aborted)|Broken pipe|gloo|"
+                        r"NCCL|DistBackendError|DistNetworkError|DistStoreError|TCPStore")
+PARTING_S = 0.5  # after a failure: peers may still print why they end
+ORIGIN_S = 3.0  # after a lost peer: that peer, which knows the cause, may still be ending
+STACKS_S = 2.0  # after an abort: stacks of all threads are written
+LOOK_S = 0.5  # between two looks into the run's folder, which may be a network's
+
+
+@dataclass
+class Attempt:
+    """What is known of the attempt that runs."""
+
+    number: int
+    ranks: int
+    exits: dict[int, Exit] = field(default_factory=dict)
+    trouble: str = ""  # a lost node, a hang, a save that took too long
+    hang: bool = False
+    lost: bool = False
+    killed: bool = False
+    stop: str = ""  # why the workers were asked to save
+    failures: list[Exit] = field(default_factory=list)  # before `killed`, in the order of arrival
+
+    @property
+    def over(self) -> bool:
+        return len(self.exits) == self.ranks
+
+    @property
+    def failure(self) -> Exit | None:
+        """The worker that failed by itself: those that only lost a peer speak of it."""
+        return min(self.failures, key=lambda exit: bool(_LOST_PEER.search(exit.reason)),
+                   default=None)
+
+    @property
+    def troubled(self) -> bool:
+        return bool(self.failures or self.trouble)
+
+    @property
+    def patience_s(self) -> float:
+        """How long workers of a troubled attempt may still take to end by themselves."""
+        if self.hang:
+            return STACKS_S
+        echo = not self.trouble and self.failure and _LOST_PEER.search(self.failure.reason)
+        return ORIGIN_S if echo else PARTING_S
+
+    @property
+    def cause(self) -> str:
+        if self.trouble or not self.failure:
+            return self.trouble
+        return f"rank {self.failure.rank}: {self.failure.reason}"
+
+
+class Supervisor:
+    """The supervisor of node 0, which decides.
+
+    Args:
+        command: what one rank runs; None: the training loop.
+        echo: rank 0's output is copied there (the foreground's terminal).
+    """
+
+    def __init__(self, run: RunPaths, config: Config, place: Place, *,
+                 command: Sequence[str] | None = None, echo: IO[bytes] | None = None) -> None:
+        self._run, self._config, self._place = run, config, place
+        self._signals = Signals()
+        self._workers = Workers(run, command or train_command(run), node=place.node,
+                                ranks_per_node=config.launch.ranks_per_node,
+                                hang_s=config.launch.hang_s)
+        self._hub: Hub | None = None
+        self._echo = echo
+        self._owner = ""
+        self._looked_at = {"stop": 0.0, "lease": 0.0}
+
+    def run(self) -> Outcome:
+        """Run until the incarnation ends. Raises: Held where another one runs the run."""
+        with self._signals.installed():
+            return self._lead()
+
+    def _lead(self) -> Outcome:
+        place = self._place
+        try:
+            why = self._gather() if len(place.names) > 1 else ""
+            with lease(self._run, place) as self._owner:
+                self._workers.owner = self._owner
+                self._record("started", job=place.job, restart=place.restart, where=place.where,
+                             nodes=list(place.names), steps=self._config.steps,
+                             batch_size=self._config.batch_size, **Process.this().facts)
+                try:
+                    outcome = self._lost_node(why) if why else self._attempts()
+                except Exception as error:
+                    log.exception("the supervisor itself failed")
+                    outcome = Outcome("failed", f"supervisor: {type(error).__name__}: {error}")
+                self._workers.kill()
+                if holder(self._run) != self._owner:
+                    log.error("%s runs this run now; ended without a word", holder(self._run))
+                    return Outcome("superseded", holder(self._run))
+                if outcome.kind in LAST_WORDS:
+                    self._record(outcome.kind, cause=outcome.cause, step=checkpoint_step(self._run))
+                return outcome
+        finally:
+            self._workers.kill()
+            if self._hub:
+                self._hub.send({"do": "end"})
+                self._hub.close()
+
+    def _gather(self) -> str:
+        """Wait for the supervisors of the other nodes; why not all came, or ""."""
+        names = self._place.names
+        secret = read_secret(self._run)
+        self._hub = Hub(address_of_leader(names[0], names[1]), self._place.incarnation, secret,
+                        len(names))
+        deadline = time.monotonic() + GATHER_S
+        while self._hub.missing:
+            if time.monotonic() > deadline:
+                absent = ", ".join(names[node] for node in self._hub.missing)
+                return f"no supervisor on {absent} within {GATHER_S:.0f} s"
+            if self._signals.received:
+                return ""
+            self._hub.accept()
+        return ""
+
+    def _attempts(self) -> Outcome:
+        while True:
+            asked = self._asked_to_stop()
+            if asked:  # between attempts there is nothing to save
+                return self._after_stop(asked)
+            attempt = self._attempt()
+            if holder(self._run) != self._owner:
+                return Outcome("superseded")
+            if all(exit.code == FINISHED for exit in attempt.exits.values()):
+                return Outcome("finished")
+            if attempt.stop:
+                self._record("unsaved" if attempt.cause else "saved", attempt=attempt.number,
+                             step=checkpoint_step(self._run), why=attempt.stop, cause=attempt.cause)
+                outcome = self._after_stop(attempt.stop)
+                if outcome.kind != "again":
+                    return outcome
+                continue
+            if not attempt.cause:  # a signal that reached the workers first, or nobody's
+                self._pause(1.0)
+                if self._asked_to_stop():
+                    continue
+                attempt.trouble = "workers saved and left though nobody asked them to"
+            if attempt.failure and attempt.failure.code == DIVERGED:
+                if verdict := self._go_back(attempt):
+                    return Outcome("failed", verdict, DIVERGED)
+                continue
+            verdict = note_crash(self._run, attempt.number, attempt.cause,
+                                 self._config.launch.max_restarts)
+            if attempt.failure and attempt.failure.code == BAD_INPUT:
+                return Outcome("failed", attempt.cause, BAD_INPUT)
+            if verdict:
+                return Outcome("failed", verdict)
+            if attempt.lost:
+                return self._lost_node(attempt.cause)
+            log.warning("%s; restarting from step %d", attempt.cause, checkpoint_step(self._run))
+            count = restarts_without_progress(read_events(self._run))
+            self._pause(0.5 * (2 ** (count - 1) - 1))
+
+    def _go_back(self, attempt: Attempt) -> str:
+        """Prepare the attempt after a divergence; why the run must give up, or ""."""
+        limits, events = self._config.divergence, read_events(self._run)
+        steps = checkpoint_steps(self._run)
+        newest = steps[0] if steps else 0
+        said = re.search(r"step (\d+):", attempt.cause)
+        step = int(said[1]) if said else reached(self._run, attempt.number)
+        note_crash(self._run, attempt.number, attempt.cause, 0, diverged_at=step)
+        tried = rollbacks_in_a_row(events, newest)
+        if len(tried) >= limits.max_rollbacks:
+            where = ", ".join(str(each["to"]) for each in tried)
+            eased = f" with the learning rate times {limits.lr_factor}" if limits.lr_factor < 1 \
+                else " on the same course"
+            back = f"; tried again from step {where}{eased}" if tried else ""
+            return (f"{attempt.cause}{back}. The run diverges by itself: resume with "
+                    "divergence.lr_factor=0.5, or start another with a lower optimizer.lr, more "
+                    "schedule.warmup_steps or optimizer.clip_norm")
+        # One checkpoint further back each time: the newest may already carry what went wrong.
+        to = steps[min(len(tried), len(steps) - 1)] if steps else 0
+        until = step + limits.lr_steps if limits.lr_factor < 1 else 0
+        add_rollback(self._run, Rollback(step, to, limits.lr_factor, until))
+        self._record("rolled_back", attempt=attempt.number, diverged_at=step, to=to,
+                     checkpoint=newest, lr_factor=limits.lr_factor, until=until)
+        return ""
+
+    def _attempt(self) -> Attempt:
+        """Start all workers and wait until all have ended."""
+        place, world = self._place, self._config.world
+        events = read_events(self._run)
+        number = last_attempt(events) + 1
+        # Where a pace that was learned too early has ended attempts in vain, `hang_s` alone counts.
+        adaptive = (restarts_without_progress(events)
+                    < min(2, self._config.launch.max_restarts))
+        address = address_of_leader(*place.names[:2]) if len(place.names) > 1 else "127.0.0.1"
+        port = free_port(address)
+        attempt = Attempt(number, world)
+        before = reached(self._run, number - 1)
+        self._tell(attempt, {"do": "start", "attempt": number, "address": address, "port": port,
+                             "adaptive": adaptive})
+        echoed = self._echo_from()
+        pids = self._workers.start(number, world, address, port, adaptive=adaptive)
+        self._record("attempt", attempt=number, step=checkpoint_step(self._run), reached=before,
+                     ranks=world, address=address, port=port, pids=list(pids.values()))
+        kill_at = float("inf")
+        while not attempt.over:
+            self._collect(attempt)
+            echoed = self._echo_more(echoed)
+            now = time.monotonic()
+            if self._superseded():
+                self._workers.kill()
+                return attempt
+            if attempt.troubled and not attempt.stop:
+                if attempt.hang and kill_at == float("inf"):
+                    self._tell(attempt, {"do": "abort"})
+                    self._workers.abort()
+                kill_at = min(kill_at, now + attempt.patience_s)
+            if not attempt.stop and not attempt.troubled and (why := self._asked_to_stop()):
+                log.warning("%s: asking all ranks to save", why)
+                attempt.stop = why
+                self._record("signal", attempt=number, why=why)
+                self._tell(attempt, {"do": "stop"})
+                self._workers.stop()
+                kill_at = now + self._save_limit_s(why)
+            if self._signals.received.count(signal.SIGINT) > 1:
+                kill_at = min(now, kill_at)  # Ctrl-C twice
+            if now >= kill_at and not attempt.killed:
+                attempt.killed = True
+                if not attempt.troubled:
+                    attempt.trouble = "not saved in time; killed"
+                self._tell(attempt, {"do": "kill"})
+                self._take(attempt, self._workers.kill())
+            if attempt.killed and now > kill_at + 15:  # a node that neither answers nor closes
+                attempt.lost, attempt.trouble = True, attempt.trouble or "a node does not answer"
+                break
+            time.sleep(POLL_S)
+        self._echo_more(echoed)
+        return attempt
+
+    def _collect(self, attempt: Attempt) -> None:
+        """Take in what happened on all nodes since the last call."""
+        self._take(attempt, self._workers.poll())
+        for rank, silence_s in self._hung(attempt):
+            self._note_hang(attempt, rank, silence_s)
+        if not self._hub:
+            return
+        messages, lost = self._hub.receive()
+        for node, body in messages:
+            if body["kind"] == "exits":
+                self._take(attempt, [Exit(*each) for each in body["exits"]
+                                     if body["attempt"] == attempt.number])
+            elif body["kind"] == "hung" and body["attempt"] == attempt.number:
+                self._note_hang(attempt, body["rank"], body["silence_s"])
+            elif body["kind"] == "signal":
+                log.warning("node %s received %s", self._place.names[node], body["name"])
+                self._signals.received.append(signal.Signals[body["name"]])
+        self._note_lost(attempt, lost)
+
+    def _hung(self, attempt: Attempt) -> list[tuple[int, float]]:
+        return [] if attempt.stop or attempt.trouble else self._workers.hung()
+
+    def _take(self, attempt: Attempt, exits: list[Exit]) -> None:
+        for exit in exits:
+            attempt.exits[exit.rank] = exit
+            if exit.failed and not attempt.killed:
+                attempt.failures.append(exit)
+                self._record("exit", attempt=attempt.number, rank=exit.rank, code=exit.code,
+                             reason=exit.reason)
+
+    def _note_hang(self, attempt: Attempt, rank: int, silence_s: float) -> None:
+        if not attempt.trouble and not attempt.failures and not attempt.stop:
+            attempt.hang = True
+            attempt.trouble = f"rank {rank} made no step for {silence_s:.0f} s"
+
+    def _note_lost(self, attempt: Attempt, lost: list[tuple[int, str]]) -> None:
+        per_node = self._config.launch.ranks_per_node
+        for node, reason in lost:
+            attempt.lost = True
+            attempt.trouble = attempt.trouble or (
+                f"node {self._place.names[node]} is gone ({reason})")
+            for rank in range(node * per_node, (node + 1) * per_node):
+                attempt.exits.setdefault(rank, Exit(rank, -signal.SIGKILL, "its node is gone"))
+
+    def _tell(self, attempt: Attempt, body: Message) -> None:
+        if self._hub:
+            self._note_lost(attempt, self._hub.send(body))
+
+    def _asked_to_stop(self) -> str:
+        """Why the workers should save and leave, or ""."""
+        if self._signals.received:
+            return self._signals.received[0].name
+        return "stop request" if self._look("stop") and self._run.stop_request.exists() else ""
+
+    def _superseded(self) -> bool:
+        """Whether a later incarnation has taken the run over."""
+        return self._look("lease") and holder(self._run) != self._owner
+
+    def _look(self, what: str) -> bool:
+        """Whether it is time to look again."""
+        now = time.monotonic()
+        if now - self._looked_at[what] < LOOK_S:
+            return False
+        self._looked_at[what] = now
+        return True
+
+    def _save_limit_s(self, why: str) -> float:
+        """How long saving may take: within SLURM's patience, else as long as a step may take."""
+        if self._place.where == "slurm" and why != "stop request":
+            return 0.8 * self._config.launch.grace_s
+        return self._config.launch.hang_s
+
+    def _after_stop(self, why: str) -> Outcome:
+        """What a stop that was carried out (or had nothing to save) means."""
+        if why == "stop request":
+            self._run.stop_request.unlink(missing_ok=True)
+            return Outcome("stopped", "stop requested")
+        if self._place.where != "slurm":
+            if self._signals.final:
+                return Outcome("stopped", self._signals.received[0].name)
+            self._signals.received.clear()
+            self._record("requeued", how="in place", why=why)
+            return Outcome("again")
+        job = self._place.job
+        verdict = "requeue"
+        if self._signals.final:
+            verdict = decide(scheduler.job_facts(job), self._place.restart, self._signals.warned)
+        if verdict == "requeue":
+            return self._requeue(why)
+        if verdict == "requeued":
+            self._record("requeued", how="by SLURM", why=why)
+            return Outcome("requeued", why)
+        return Outcome("stopped", f"{why} ({verdict})")
+
+    def _lost_node(self, why: str) -> Outcome:
+        """The allocation cannot go on; another one may."""
+        if self._place.where != "slurm":
+            return Outcome("failed", why)
+        return self._requeue(why)
+
+    def _requeue(self, why: str) -> Outcome:
+        return requeue(self._run, self._place, why, self._config.launch.grace_s)
+
+    def _pause(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not self._signals.received:
+            time.sleep(POLL_S)
+
+    def _record(self, event: str, **facts: Any) -> None:
+        record(self._run, event, **facts)
+        log.info("%s %s", event, " ".join(f"{key}={value}" for key, value in facts.items()))
+
+    def _echo_from(self) -> int:
+        log_file = self._run.rank_log(0)
+        return log_file.stat().st_size if self._echo and log_file.exists() else 0
+
+    def _echo_more(self, start: int) -> int:
+        if not self._echo or not self._run.rank_log(0).exists():
+            return start
+        with open(self._run.rank_log(0), "rb") as file:
+            file.seek(start)
+            text = file.read()
+        self._echo.write(text)
+        self._echo.flush()
+        return start + len(text)
+
+def supervise(run: RunPaths, config: Config, place: Place,
+              command: Sequence[str] | None = None) -> Outcome:
+    """Be the supervisor of a node until the incarnation ends."""
+    kind = Follower if place.node else Supervisor
+    return kind(run, config, place, command=command).run()
+
+
+def supervise_here(run: RunPaths) -> int:
+    """Supervise a run in the foreground of this machine; the exit code. Ctrl-C saves and stops."""
+    config = load_frozen(run.config)
+    log_to_stderr(0)
+    run.stop_request.unlink(missing_ok=True)
+    record(run, "submitted", where="foreground", nodes=1, steps=config.steps,
+           batch_size=config.batch_size)
+    place = Place("foreground", job=str(os.getpid()))
+    try:
+        outcome = Supervisor(run, config, place, echo=sys.stderr.buffer).run()
+    except Held as error:
+        log.error("%s", error)
+        return 1
+    if outcome.kind == "failed":
+        log.error("failed: %s", outcome.cause)
+        return outcome.code if outcome.code in (BAD_INPUT, DIVERGED) else 1
+    if outcome.kind == "stopped":
+        log.warning("stopped; the same command, or `resnet-dist resume %s`, continues", run.name)
+    return 0

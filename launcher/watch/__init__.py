@@ -1,0 +1,1 @@
+"""What `status`, `logs` and `compare` show."""

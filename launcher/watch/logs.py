@@ -1,0 +1,185 @@
+"""`resnet-dist logs`: what all ranks said, merged by time, and only what was asked for.
+
+An entry is a stamped line with the lines without a stamp that follow it: a traceback stays whole,
+and is filtered whole.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from launcher.journal.events import read_events
+from launcher.watch.status import run_status
+from resnet_dist.config.load import ConfigError
+from resnet_dist.run.paths import RunPaths
+
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+_STAMP = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)[.,](\d+)(?: rank \d+)?(?: ([A-Z]+))?:? ?")
+_AGE = re.compile(r"(\d+)\s*([smhd])")
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+_COLOURS = {"WARNING": "yellow", "ERROR": "red", "CRITICAL": "bold red"}
+_POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which entries are shown; None: all."""
+
+    ranks: tuple[int, ...] | None = None
+    pattern: re.Pattern[str] | None = None
+    since: str = ""  # a stamp
+    level: str | None = None  # at least
+    attempt: int | None = None
+
+
+@dataclass
+class Entry:
+    stamp: str  # "2026-11-21 11:30:30.123"; "" before the first stamp of a file
+    rank: int
+    level: str
+    lines: list[str] = field(default_factory=list)
+
+
+def wanted(ranks: Sequence[int] = (), grep: str | None = None, since: str | None = None,
+           level: str | None = None, attempt: int | None = None) -> Wanted:
+    """The filter that a user's options ask for. Raises: ConfigError."""
+    if level is not None and level.upper() not in LEVELS:
+        raise ConfigError(f"--level = {level}: pick one of {', '.join(LEVELS).lower()}")
+    try:
+        pattern = None if grep is None else re.compile(grep)
+    except re.error as error:
+        raise ConfigError(f"--grep = {grep}: not a regular expression ({error}); escape "
+                          "special characters with \\") from None
+    return Wanted(tuple(ranks) or None, pattern, _moment(since) if since else "",
+                  level.upper() if level else None, attempt)
+
+
+def _moment(since: str) -> str:
+    """`10m`, `2h`, `1d`, or a date with or without a time -> a stamp."""
+    age = _AGE.fullmatch(since.strip())
+    if age:
+        moment = datetime.now() - timedelta(**{_UNITS[age[2]]: int(age[1])})
+    else:
+        try:
+            moment = datetime.fromisoformat(since)
+        except ValueError:
+            raise ConfigError(f"--since = {since}: write an age as 30s, 10m, 2h or 1d, or a moment "
+                              "as '2026-11-21 11:30'") from None
+    return moment.strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
+
+
+def print_logs(console: Console, run: RunPaths, asked: Wanted = Wanted(), *,
+               follow: bool = False, as_json: bool = False) -> None:
+    """Print the ranks' entries in the order of their stamps.
+
+    Args:
+        follow: go on as lines arrive, until the run is over or Ctrl-C.
+        as_json: one object an entry.
+
+    Raises: ConfigError where a rank has no log, or the run no such attempt.
+    """
+    for rank in asked.ranks or ():
+        if not run.rank_log(rank).exists():
+            raise ConfigError(f"--rank = {rank}: no log of it in {run.logs}")
+    spans = _attempts(run)
+    if asked.attempt is not None and asked.attempt not in spans and not follow:
+        have = ", ".join(map(str, spans)) or "none yet"
+        raise ConfigError(f"--attempt = {asked.attempt}: {run.name} has {have}")
+    if not any(run.logs.glob("rank_*.log")) and not follow:
+        console.print(f"no logs yet in {run.logs}; `resnet-dist status {run.name}` says why")
+        return
+    tails: dict[Path, _Tail] = {}
+    try:
+        while True:
+            over = run_status(run).over  # asked before reading, so that the last lines are read
+            spans = _attempts(run)
+            entries = [entry for file in _files(run, asked)
+                       for entry in tails.setdefault(file, _Tail(file)).read()]
+            for entry in sorted(entries, key=lambda entry: entry.stamp):
+                number = _attempt_at(spans, entry.stamp)
+                if _shown(entry, asked, number):
+                    _print(console, entry, number, as_json)
+            if not follow or over:
+                return
+            time.sleep(_POLL_S)
+    except KeyboardInterrupt:
+        return
+
+
+def _files(run: RunPaths, asked: Wanted) -> list[Path]:
+    if asked.ranks is not None:
+        return [run.rank_log(rank) for rank in asked.ranks]
+    return sorted(run.logs.glob("rank_*.log"))
+
+
+class _Tail:
+    """One rank's log, read on from where the last call ended."""
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._offset = file, 0
+        self._last = Entry("", int(file.stem.removeprefix("rank_")), "INFO")
+
+    def read(self) -> list[Entry]:
+        """The entries of all whole lines since the last call.
+
+        Lines that continue an entry which was returned before come as one of its stamp and level.
+        """
+        with open(self._file, "rb") as handle:
+            handle.seek(self._offset)
+            data = handle.read()
+        end = data.rfind(b"\n") + 1
+        self._offset += end
+        last = self._last
+        entries = [Entry(last.stamp, last.rank, last.level)]
+        for text in data[:end].decode(errors="replace").splitlines():
+            found = _STAMP.match(text)
+            if found:
+                level = found[3] if found[3] in LEVELS else "INFO"
+                entries.append(Entry(f"{found[1]}.{found[2]}", last.rank, level))
+            entries[-1].lines.append(text)
+        self._last = entries[-1]
+        return [entry for entry in entries if entry.lines]
+
+
+def _shown(entry: Entry, asked: Wanted, attempt: int | None) -> bool:
+    return (entry.stamp >= asked.since
+            and (asked.level is None or LEVELS.index(entry.level) >= LEVELS.index(asked.level))
+            and (asked.attempt is None or attempt == asked.attempt)
+            and (asked.pattern is None or any(asked.pattern.search(line) for line in entry.lines)))
+
+
+def _attempts(run: RunPaths) -> dict[int, str]:
+    """Stamp at which the workers of every attempt were started."""
+    return {event["attempt"]:
+            datetime.fromtimestamp(event["time"]).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
+            for event in read_events(run) if event["event"] == "attempt"}
+
+
+def _attempt_at(spans: dict[int, str], stamp: str) -> int | None:
+    """The attempt whose workers ran at `stamp`; None before the first."""
+    numbers = sorted(spans)
+    place = bisect_right([spans[number] for number in numbers], stamp)
+    return numbers[place - 1] if place else None
+
+
+def _print(console: Console, entry: Entry, attempt: int | None, as_json: bool) -> None:
+    if as_json:
+        console.file.write(json.dumps({
+            "time": entry.stamp, "rank": entry.rank, "attempt": attempt, "level": entry.level,
+            "text": "\n".join(entry.lines)}) + "\n")
+        return
+    colour = _COLOURS.get(entry.level)
+    for line in entry.lines:
+        shown = escape(f"[{entry.rank:04d}] {line}")
+        console.print(f"[{colour}]{shown}[/]" if colour else shown, highlight=False,
+                      soft_wrap=True)

@@ -1,0 +1,276 @@
+"""What every run is doing, from its files first and from SLURM second.
+
+`run_status` reads the run directory alone: jobs.jsonl, the ends of metrics.jsonl, heartbeats, the
+newest commit record. `statuses` adds what SLURM says, in one call for all runs, and does without
+where SLURM does not answer. `show.py` prints it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from launcher.journal.events import LAST_WORDS, Event, Process, read_events, redone_steps
+from launcher.journal.progress import heartbeat_steps, newest_checkpoint
+from launcher.slurm.scheduler import Queued, queue_states
+from resnet_dist.run.paths import RunPaths
+
+_TAIL_BYTES = 65_536
+_SILENT_START_S = 120.0
+_FAILED_STATES = ("FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE",
+                  "PREEMPTED", "COMPLETED")
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """One run. `top1` is in percent, of the last validation; ages and times are in seconds."""
+
+    name: str
+    state: str  # pending, running, requeued, finished, failed, stopped
+    cause: str = ""
+    job: str = ""
+    where: str = ""
+    nodes: int = 0
+    ranks: int = 0
+    step: int = 0
+    steps: int = 0
+    loss: float | None = None
+    top1: float | None = None
+    images_per_s: float | None = None
+    eta_s: float | None = None
+    checkpoint_step: int | None = None
+    checkpoint_age_s: float | None = None
+    restarts: int = 0
+    redone_steps: int = 0
+    worker_pids: tuple[int, ...] = ()  # of the current attempt on the leading node, by rank
+    after: tuple[str, ...] = ()  # jobs that must end well before this run starts
+    # Queued behind the run and still to come: job -> protocol. SLURM strikes out those it has lost.
+    evaluations: dict[str, str] = dataclasses.field(default_factory=dict)
+    events: tuple[Event, ...] = dataclasses.field(default=(), repr=False)
+
+    @property
+    def over(self) -> bool:
+        return self.state in LAST_WORDS
+
+    def as_json(self) -> dict[str, Any]:
+        return {key: value for key, value in dataclasses.asdict(self).items() if key != "events"}
+
+
+def run_status(run: RunPaths) -> RunStatus:
+    """From files alone."""
+    events = read_events(run)
+    state, cause = _state(events, time.time())
+    facts: dict[str, Any] = {}
+    for event in events:  # the newest value of each fact
+        facts.update(event)
+    attempts = [event for event in events if event["event"] == "attempt"]
+    submissions = sum(event["event"] == "submitted" for event in events)
+    train, validation = _last_metrics(run)
+    checkpoint = newest_checkpoint(run)
+    beats = heartbeat_steps(run, attempts[-1]["attempt"] if attempts else 0)
+    reached = [train.get("step", 0), *beats, checkpoint.step if checkpoint else 0]
+    step, steps = max(reached), facts.get("steps", 0)
+    if state == "running" and attempts:
+        step = max([*beats, attempts[-1]["step"]])
+    rate = train.get("images_per_s")
+    eta_s = None
+    if state == "running" and rate:
+        eta_s = max(0, steps - step) * facts.get("batch_size", 0) / rate
+    return RunStatus(
+        name=run.name, state=state, cause=cause, job=str(facts.get("job", "")),
+        where=facts.get("where", ""), nodes=_count(facts.get("nodes", 0)),
+        ranks=facts.get("ranks", 0), step=step, steps=steps, loss=train.get("loss"),
+        top1=validation.get("top1"), images_per_s=rate, eta_s=eta_s,
+        checkpoint_step=checkpoint.step if checkpoint else None,
+        checkpoint_age_s=max(0.0, time.time() - checkpoint.state.stat().st_mtime)
+        if checkpoint else None,
+        restarts=max(0, len(attempts) - submissions), redone_steps=redone_steps(events),
+        worker_pids=tuple(attempts[-1]["pids"]) if state == "running" and attempts else (),
+        after=tuple(facts.get("after", ())) if state == "pending" else (),
+        evaluations=_open_evaluations(events),
+        events=tuple(events))
+
+
+def _state(events: Sequence[Event], now: float) -> tuple[str, str]:
+    """State and cause as the files tell them."""
+    state, cause, supervisor, since = "stopped", "never submitted", None, 0.0
+    where = ""
+    for event in events:
+        kind = event["event"]
+        where = event.get("where", where)
+        if kind == "submitted":
+            state, cause, supervisor, since = "pending", "", None, event["time"]
+        elif kind == "started":
+            state, cause, supervisor = "running", "", Process.of(event)
+        elif kind == "attempt":
+            state, cause = "running", ""
+        elif kind == "crashed":
+            cause = f"restarting: {event['cause']}"
+        elif kind == "requeued" and event["how"] != "in place":
+            state, cause = "requeued", event["why"]
+        elif kind in LAST_WORDS:
+            state, cause = kind, event.get("cause", "")
+        elif kind == "unevaluated":
+            cause = f"evaluation {event['protocol']}: {event['why']}"
+    if state == "running" and supervisor and supervisor.alive() is False and where != "slurm":
+        return "failed", "the supervisor is gone without a word (killed?); `resume` continues"
+    if state == "pending" and where == "local" and now - since > _SILENT_START_S:
+        return "failed", "the job never started; see submitit/local.log in the run directory"
+    return state, cause
+
+
+def _open_evaluations(events: Sequence[Event]) -> dict[str, str]:
+    """Evaluations that were queued and have not told how they ended: job -> protocol."""
+    found: dict[str, str] = {}
+    for event in events:
+        if event["event"] == "evaluation queued":
+            found[event["eval_job"]] = event["protocol"]
+        elif event["event"] in ("evaluated", "unevaluated"):
+            found = {job: each for job, each in found.items() if each != event["protocol"]}
+    return found
+
+
+def _last_metrics(run: RunPaths) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The last training and the last validation line; {} where there is none."""
+    found: dict[str, dict[str, Any]] = {"train": {}, "val": {}}
+    try:
+        with open(run.metrics, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            span = _TAIL_BYTES
+            while True:
+                file.seek(max(0, size - span))
+                _scan(file.read(span), found)
+                if all(found.values()) or span >= size:
+                    break
+                span *= 16  # validations are rare: look further back
+    except FileNotFoundError:
+        pass
+    return found["train"], found["val"]
+
+
+def _scan(text: bytes, found: dict[str, dict[str, Any]]) -> None:
+    missing = [kind for kind, values in found.items() if not values]
+    marks = {kind: f'"{kind}"'.encode() for kind in missing}
+    for line in reversed(text.splitlines()):
+        if not any(marks[kind] in line for kind in missing):  # hundreds between two validations
+            continue
+        try:
+            values = json.loads(line)
+            kind = values["kind"]
+        except (ValueError, KeyError, TypeError):
+            continue  # a torn line, or the rest of one
+        if kind in missing:
+            found[kind] = values
+            missing.remove(kind)
+        if not missing:
+            return
+
+
+def statuses(runs: Sequence[RunPaths]) -> tuple[list[RunStatus], str]:
+    """All runs, newest event first, and a note where SLURM should have been asked in vain."""
+    found = [run_status(run) for run in runs]
+    asked = {job for status in found for job in _asked_for(status)}
+    queue = queue_states(asked)
+    note = "" if queue is not None else "SLURM does not answer; this is what the files say"
+    if queue is not None:
+        # A job that has ended wrote its last words before, but maybe after its files were read.
+        found = [run_status(run) if any(_ended(queue, job) for job in _asked_for(status))
+                 else status for run, status in zip(runs, found, strict=True)]
+        found = [with_queue(status, queue.get(status.job), queue)
+                 if status.where == "slurm" else status for status in found]
+    found.sort(key=lambda status: status.events[-1]["time"] if status.events else 0, reverse=True)
+    return found, note
+
+
+def _asked_for(status: RunStatus) -> list[str]:
+    """The jobs on which a run's state hangs, where SLURM knows them."""
+    if status.where != "slurm":
+        return []
+    jobs = status.evaluations if status.over else (*status.after, status.job)
+    return [job for job in jobs if job]
+
+
+def _ended(queue: Mapping[str, Queued], job: str) -> bool:
+    """Whether nothing more is to be expected of a job; one that SLURM has forgotten, too."""
+    state = queue[job].state if job in queue else ""
+    return not state or state.startswith("CANCELLED") or state in _FAILED_STATES
+
+
+def with_queue(status: RunStatus, queued: Queued | None,
+               others: Mapping[str, Queued] = MappingProxyType({})) -> RunStatus:
+    """Correct what the files say by what SLURM says.
+
+    Args:
+        others: jobs before the run and behind it.
+    """
+    if status.over:
+        return _with_evaluations(status, others)
+    if queued is None:
+        return status
+    state, cause, began = queued.state, status.cause, status.state != "pending"
+    if lost := _lost_before(status, others):
+        return dataclasses.replace(status, state="failed", cause=lost)
+    if state in ("PENDING", "REQUEUED", "SUSPENDED"):
+        reason = queued.reason
+        if reason == "Dependency" and status.after:
+            reason = "waits for job " + ", ".join(status.after)
+        return dataclasses.replace(status, state="requeued" if began else "pending",
+                                   cause=reason, worker_pids=())
+    if state in ("RUNNING", "CONFIGURING") and status.state in ("pending", "requeued"):
+        return dataclasses.replace(status, state="running", cause="starting")
+    if state.startswith("CANCELLED"):
+        return dataclasses.replace(status, state="stopped", cause="cancelled in SLURM",
+                                   worker_pids=())
+    if state in _FAILED_STATES:
+        return dataclasses.replace(status, state="failed", worker_pids=(),
+                                   cause=cause or f"SLURM: {state}; see {_logs(status)}/*.err")
+    return status
+
+
+def _lost_before(status: RunStatus, others: Mapping[str, Queued]) -> str:
+    """Why a run that waits for other jobs can never start, or ""."""
+    for job in status.after:
+        state = others[job].state if job in others else ""
+        if state.startswith("CANCELLED") or (state in _FAILED_STATES and state != "COMPLETED"):
+            made = [event for event in status.events if job in event.get("conversion", ())]
+            what = f"job {job}, which it waited for, ended as {state}"
+            return f"conversion: {what}; see {made[-1]['conversion_logs']}" if made else what
+    return ""
+
+
+def _with_evaluations(status: RunStatus, others: Mapping[str, Queued]) -> RunStatus:
+    """A run that is over: the evaluations still to come, and what became of those without a word.
+
+    Of a run that did not finish there was nothing to evaluate: its own cause says enough.
+    """
+    coming, told = {}, [status.cause] if status.cause else []
+    for job, protocol in status.evaluations.items():
+        queued = others.get(job, Queued("", "", ""))
+        if queued.reason == "DependencyNeverSatisfied":  # left in the queue by some clusters
+            end = "can never start"
+        elif not _ended(others, job):
+            coming[job] = protocol
+            end = queued.state.lower()
+        elif queued.state:
+            end = f"ended as {queued.state}"
+        else:
+            end = "is not known to SLURM and left no result"
+        if job in coming or status.state == "finished":
+            told.append(f"evaluation {protocol}: job {job} {end}")
+    return dataclasses.replace(status, evaluations=coming, cause="; ".join(told))
+
+
+def _logs(status: RunStatus) -> str:
+    """Where SLURM's own log of the run's job is."""
+    return next((event["logs"] for event in reversed(status.events) if "logs" in event),
+                "submitit")
+
+
+def _count(nodes: int | list[str]) -> int:
+    return len(nodes) if isinstance(nodes, list) else nodes

@@ -1,0 +1,1 @@
+"""From bytes to pixels: the native decoder and what it is told."""

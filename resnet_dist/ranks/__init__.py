@@ -1,0 +1,1 @@
+"""Speaking to the other ranks, and to none when asked to stop."""

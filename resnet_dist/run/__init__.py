@@ -1,0 +1,1 @@
+"""The run directory: its paths, its checkpoints, and who may write it."""

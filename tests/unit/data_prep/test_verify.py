@@ -1,0 +1,110 @@
+"""Damage of every kind is found and named."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from data_prep.convert import convert, parse_convert_overrides
+from data_prep.verify import verify
+from resnet_dist.data.shards.manifest import load_manifest
+from tests.unit.data_prep.material import make_tree
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("verify")
+    convert(str(make_tree(root / "source")), root / "dst",
+            parse_convert_overrides(["shard_samples=6", "encoding=mixed"]))
+    return root / "dst"
+
+
+def test_a_whole_data_set_has_no_problems_and_is_described(whole):
+    for deep in (False, True):
+        report = verify(whole, deep=deep)
+        assert report.ok, report.problems
+    rows = dict(report.summary_rows())
+    assert rows["split train"].startswith("12 images, 4 to 4 a class, 2 shards")
+    assert json.loads(json.dumps(report.as_json()))["ok"]
+    assert report.class_counts == {"train": [4, 4, 4], "val": [4, 4, 4]}
+
+
+def flip(path: Path, bit: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(bit // 8)
+        byte = file.read(1)[0]
+        file.seek(bit // 8)
+        file.write(bytes([byte ^ (1 << bit % 8)]))
+
+
+def test_any_flipped_bit_of_a_shard_is_found_and_its_shard_named(whole, tmp_path):
+    copy = shutil.copytree(whole, tmp_path / "copy")
+    draw = random.Random(0)
+    files = sorted(copy.rglob("*.beton"))
+    # Flips all over a shard are mostly in padding: half of them go where the content is.
+    for trial in range(60):
+        path = draw.choice(files)
+        end = path.stat().st_size if trial % 2 else 3147 + 6 * 32
+        bit = draw.randrange(8 * end)
+        flip(path, bit)
+        problems = verify(copy).problems
+        assert len(problems) >= 1, f"bit {bit} of {path.name}"
+        assert all(str(path.relative_to(copy)) in problem for problem in problems)
+        flip(path, bit)
+    assert verify(copy).ok
+
+
+def test_a_flip_inside_a_sample_names_the_sample(whole, tmp_path):
+    from data_prep.shards.beton import read_index
+
+    copy = shutil.copytree(whole, tmp_path / "copy")
+    path = copy / load_manifest(copy).splits["train"].shards[1].file
+    index = read_index(path)
+    for sample in (0, 3, 5):
+        bit = 8 * (int(index.pointers[sample]) + int(index.sizes[sample]) // 2) + 3
+        flip(path, bit)
+        (problem,) = verify(copy).problems
+        assert f"{path.name}: sample {sample}: its bytes do not match its hash" in problem
+        flip(path, bit)
+
+
+@pytest.mark.parametrize("keep", [0, 100, 4000, -24, -1])
+def test_a_truncated_shard_is_found(whole, tmp_path, keep):
+    copy = shutil.copytree(whole, tmp_path / "copy")
+    path = next(copy.rglob("*.beton"))
+    data = path.read_bytes()
+    path.write_bytes(data[:keep])
+    (problem,) = verify(copy).problems
+    assert path.name in problem
+    assert "the manifest says" in problem
+
+
+def test_a_missing_and_a_foreign_shard_are_found(whole, tmp_path):
+    copy = shutil.copytree(whole, tmp_path / "copy")
+    (copy / "train" / "shard-00000.beton").rename(copy / "train" / "shard-00007.beton")
+    assert sorted(problem for problem in verify(copy).problems) == [
+        "train/shard-00000.beton: is missing",
+        "train/shard-00007.beton: is not in the manifest"]
+
+
+def test_a_flipped_bit_in_the_manifest_or_the_mean_image_is_found(tmp_path):
+    dst = tmp_path / "dst"
+    convert("digits", dst, parse_convert_overrides([]))
+    draw = random.Random(1)
+    for name in ("dataset.json", "pixel_mean.npy"):
+        path = dst / name
+        for _ in range(20):
+            bit = draw.randrange(8 * path.stat().st_size)
+            flip(path, bit)
+            assert verify(dst).problems, f"bit {bit} of {name}"
+            flip(path, bit)
+
+
+def test_an_unfinished_conversion_is_no_data_set(tmp_path):
+    (tmp_path / "train").mkdir()
+    (problem,) = verify(tmp_path).problems
+    assert "did not finish" in problem
