@@ -1,7 +1,8 @@
 """The job that submitit runs: one task a node, and that task is the node's supervisor.
 
 The pickle holds one path and nothing else: after a requeue the same pickle runs again and the run
-continues from its newest checkpoint.
+continues from its newest checkpoint. It names `launcher.job.TrainJob`, and the process that opens
+it imports the run's own copy of the code, whatever its age: so this file does not move.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def _start_detached(run: RunPaths) -> str:
     """Submit from a process in a session of its own, which hands its session to the job."""
     answer = run.submitit / "local_job"
     answer.unlink(missing_ok=True)
-    environment = os.environ | (frozen_environment(run) if run.code.is_dir() else {})
+    environment = dict(os.environ)
     if "CUDA_VISIBLE_DEVICES" in environment:
         environment[USERS_GPUS] = environment["CUDA_VISIBLE_DEVICES"]
     with open(run.submitit / "local.log", "ab") as output:
@@ -126,6 +126,8 @@ def _submit_here(run: RunPaths) -> None:
     import submitit
 
     os.umask(0o077)
+    # Only the job runs the copy: a run that an older version froze is submitted by today's code.
+    os.environ |= frozen_environment(run) if run.code.is_dir() else {}
     executor = submitit.LocalExecutor(folder=run.submitit)
     executor.update_parameters(timeout_min=NO_LIMIT_MIN, tasks_per_node=1)
     job = executor.submit(TrainJob(str(run.root)))
@@ -136,7 +138,4 @@ def _submit_here(run: RunPaths) -> None:
 
 
 if __name__ == "__main__":
-    # Under its real name, because the pickle refers to the job's class by module.
-    from launcher.submission import submit as module
-
-    module._submit_here(RunPaths(Path(sys.argv[1])))
+    _submit_here(RunPaths(Path(sys.argv[1])))
