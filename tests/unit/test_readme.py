@@ -65,3 +65,19 @@ def test_the_experiments_of_2016_that_the_papers_guide_names_are_accepted(row: s
         config = load_config(ROOT / "configs/cifar10/resnet110_he2016.yaml",
                              [f"{key}={value}", *gate])
         assert value in (config.model.shortcut, config.model.activation)
+
+
+def test_every_door_that_the_architecture_page_names_is_there() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    named = [word for word in re.findall(r"`([a-z_]+(?:\.[A-Za-z_]+)+)`", page)
+             if not word.endswith((".py", ".md", ".json", ".jsonl", ".cpp"))]
+    assert len(named) >= 20
+    for word in named:
+        places = [ROOT.joinpath(package, *word.split(".")) for package in
+                  ("", "launcher", "data_prep", "resnet_dist")]
+        if any(place.is_dir() or place.with_suffix(".py").is_file() for place in places):
+            continue  # a room or a file
+        name = word.rpartition(".")[2]
+        files = [file for place in places if (file := place.parent.with_suffix(".py")).is_file()]
+        assert any(re.search(rf"^(?:def|class) {name}\b", file.read_text(), re.M)
+                   for file in files), f"{word}: not in {files}"
