@@ -47,7 +47,7 @@ def load_config(recipe: Path | str, overrides: list[str] | tuple[str, ...] = ())
     values = OmegaConf.to_container(loaded, resolve=False) or {}
     if not isinstance(values, dict):
         raise ConfigError(f"CONFIG = {recipe}: expected `key: value` lines at the top level")
-    layers = [_expand(values), _expand(parse_overrides(overrides))]
+    layers = [_expand(values), parse_overrides(overrides)]
     if profile := _profile(layers):
         layers.insert(0, profile)
     merged = OmegaConf.merge(*layers)
@@ -58,17 +58,34 @@ def load_config(recipe: Path | str, overrides: list[str] | tuple[str, ...] = ())
 
 
 def parse_overrides(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
-    """`["a.b=1"]` -> `{"a": {"b": 1}}`. Raises: ConfigError where an item is not `key=value`."""
+    """`["a.b=1"]` -> `{"a": {"b": 1}}`; `optimizer=sgd` means `optimizer.name=sgd`. The order says
+    nothing. Raises: ConfigError where an item is not `key=value`, or two contradict each other."""
+    said: dict[str, Any] = {}
+    layers = []
     for item in overrides:
-        if not re.fullmatch(r"[A-Za-z_][\w.]*=.*", item, re.DOTALL):
-            raise ConfigError(f"override = {item!r}: write it as key=value, e.g. steps=1000")
+        layer = _expand(_parsed(item))
+        for key, value in flat(layer).items():
+            if said.setdefault(key, value) != value:
+                raise ConfigError(f"{key} = {said[key]}: said twice, also as {value}; keep one")
+        layers.append(layer)
+    tree = OmegaConf.to_container(OmegaConf.merge({}, *layers), resolve=False)
+    assert isinstance(tree, dict)
+    return {str(key): value for key, value in tree.items()}
+
+
+def _parsed(item: str) -> dict[str, Any]:
+    if not re.fullmatch(r"[A-Za-z_][\w.-]*=.*", item, re.DOTALL):
+        raise ConfigError(f"override = {item!r}: write it as key=value, e.g. steps=1000")
+    key, _, value = item.partition("=")
+    if re.fullmatch(r"[+-]?0[0-9_]+", value):
+        raise ConfigError(f"{key} = {value}: with a zero in front YAML counts in eights; write "
+                          f"{key}={value.lstrip('+-0_') or 0}, or {key}='\"{value}\"' for a text")
+    if re.fullmatch(r"\d+(?::\d+)+", value):  # YAML 1.1 takes 10:12 for ten times sixty and twelve
+        item = f'{key}="{value}"'
     try:
-        # YAML 1.1 takes 10:12 for ten times sixty and twelve.
-        quoted = [re.sub(r"=(\d+(?::\d+)+)$", r'="\1"', item) for item in overrides]
-        tree = OmegaConf.to_container(OmegaConf.from_dotlist(quoted), resolve=False)
+        tree = OmegaConf.to_container(OmegaConf.from_dotlist([item]), resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"overrides = {list(overrides)}: {reason}") from None
+        raise ConfigError(f"override = {item!r}: {' '.join(str(error).split())}") from None
     assert isinstance(tree, dict)
     return tree
 
@@ -148,7 +165,7 @@ def with_overrides(config: Config, overrides: list[str] | tuple[str, ...]) -> di
 
     Not checked yet: `config_from_dict` does.
     """
-    said = _expand(parse_overrides(overrides))
+    said = parse_overrides(overrides)
     merged = OmegaConf.merge(config_to_dict(config), _profile([said]), said)
     tree = OmegaConf.to_container(merged, resolve=False)
     assert isinstance(tree, dict)

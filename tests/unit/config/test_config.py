@@ -10,11 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resnet_dist.config.load import (
+    LEADING_FIELD,
     config_from_dict,
     config_to_dict,
     dump_config,
+    flat,
     load_config,
     load_frozen,
+    parse_overrides,
 )
 from resnet_dist.config.rules import world_problems
 from resnet_dist.config.schema import Config, ConfigError
@@ -83,6 +86,79 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(recipe, ["steps=no", "seed=-1", "foo=1"])
     assert len(str(caught.value).splitlines()) == 3
+
+
+# What each item means, whole: a short form stands for one field and touches no other.
+MEANINGS = {"optimizer=sgd_caffe": ("optimizer.name", "sgd_caffe"),
+            "optimizer.momentum=0.5": ("optimizer.momentum", 0.5),
+            "optimizer.lr=0.3": ("optimizer.lr", 0.3),
+            "data=/x": ("data.path", "/x"), "data.threads=1": ("data.threads", 1),
+            "data.stage_dir=/s": ("data.stage_dir", "/s"),
+            "schedule=cosine": ("schedule.name", "cosine"),
+            "schedule.warmup_steps=5": ("schedule.warmup_steps", 5),
+            "augment=random_resized_crop": ("augment.name", "random_resized_crop"),
+            "augment.size=24": ("augment.size", 24), "model=resnet18": ("model.name", "resnet18"),
+            "model.dropout=0.2": ("model.dropout", 0.2),
+            "loss=bce": ("loss.name", "bce"), "loss.threshold=0.2": ("loss.threshold", 0.2),
+            "cluster=local": ("launch.cluster", "local"), "launch.grace_s=7": ("launch.grace_s", 7),
+            "launch.options.mail-type=END": ("launch.options.mail-type", "END"),
+            "seed=3": ("seed", 3)}
+RECIPE = """\
+data: recipe/data
+optimizer: lars
+schedule: {name: linear, warmup_steps: 2}
+augment: pad_crop
+launch: {nodes: 2, options: {comment: c}}
+"""
+
+
+@given(st.lists(st.sampled_from(sorted(MEANINGS)), unique=True), st.integers(0, len(MEANINGS)))
+def test_no_override_is_lost_in_any_order_or_layer(
+        tmp_path_factory: pytest.TempPathFactory, items: list[str], in_recipe: int) -> None:
+    recipe = tmp_path_factory.mktemp("recipe") / "r.yaml"
+    recipe.write_text(RECIPE)
+    plain = flat(config_to_dict(load_config(recipe, ["launch.cluster=local"])))
+    config = load_config(recipe, ["launch.cluster=local", *items])
+    found = flat(config_to_dict(config))
+    assert found == plain | dict(MEANINGS[item] for item in items)
+    # The same said partly in a recipe, short forms included.
+    said = yaml.safe_load(RECIPE)
+    for item in items[:in_recipe]:
+        key, _, value = item.partition("=")
+        section, _, field = key.partition(".")
+        if field and isinstance(said.get(section), str):
+            said[section] = {LEADING_FIELD[section]: said[section]}
+        if field.startswith("options."):
+            said["launch"]["options"]["mail-type"] = value
+        elif field:
+            said.setdefault(section, {})[field] = yaml.safe_load(value)
+        elif isinstance(said.get(section), dict):
+            said[section][LEADING_FIELD[section]] = yaml.safe_load(value)
+        elif section == "cluster":
+            said["launch"]["cluster"] = value
+        else:
+            said[section] = yaml.safe_load(value)
+    recipe.write_text(yaml.safe_dump(said))
+    assert load_config(recipe, ["launch.cluster=local", *items[in_recipe:]]) == config
+
+
+@pytest.mark.parametrize(("first", "second", "key"), [
+    ("seed=1", "seed=2", "seed"), ("data=/a", "data.path=/b", "data.path"),
+    ("optimizer=lars", "optimizer={name: lamb}", "optimizer.name"),
+    ("cluster=local", "launch.cluster=gpu", "launch.cluster")])
+def test_a_key_said_twice_with_different_values_is_refused(
+        first: str, second: str, key: str) -> None:
+    for items in ([first, second], [second, first]):
+        with pytest.raises(ConfigError, match=f"{key} = .*said twice, also as .*; keep one"):
+            parse_overrides(items)
+    assert parse_overrides([first, first]) == parse_overrides([first])
+
+
+@pytest.mark.parametrize("item", ["seed=010", "launch.time_minutes=0060", "launch.account=007"])
+def test_a_number_that_yaml_would_read_in_eights_is_refused(item: str) -> None:
+    with pytest.raises(ConfigError, match="with a zero in front"):
+        parse_overrides([item])
+    assert parse_overrides(["launch.account='007'"]) == {"launch": {"account": "007"}}
 
 
 @pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "steps: 1\nsteps: 2\n"])
