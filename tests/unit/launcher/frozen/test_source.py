@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from launcher.job import RunFailed, TrainJob
 from launcher.journal.events import read_events, record
 from launcher.slurm.sbatch import sbatch_parameters
 from launcher.submission.control import resume
+from launcher.submission.submit import submit
 from resnet_dist.config.load import config_from_dict, load_frozen
 from resnet_dist.config.schema import ConfigError
 from resnet_dist.run.paths import RunPaths
@@ -103,6 +105,34 @@ def test_a_new_run_has_its_code_and_its_fingerprint(digits: Path, tmp_path: Path
         "name": "new", "runs": str(tmp_path), "data": str(digits), "model": "resnet20",
         "augment": {"name": "pad_crop", "size": 32}}))
     assert read_provenance(run)["code"]["sha256"] == code_fingerprint(run.code)
+
+
+OLD_JOB = """\
+import pathlib
+class TrainJob:
+    def __init__(self, run_dir):
+        self.run_dir = run_dir
+    def __call__(self):
+        import resnet_dist
+        pathlib.Path(self.run_dir, "ran").write_text(f"{__file__} {resnet_dist.__path__}")
+"""
+
+
+def test_a_copy_that_has_launcher_job_and_no_other_room_of_today_is_run(tmp_path: Path) -> None:
+    """A run frozen by a version with another layout: only what the pickle names has to be there."""
+    run, config = make_run(tmp_path / "run")
+    for package in ("launcher", "resnet_dist"):
+        (run.code / package).mkdir(parents=True)
+        (run.code / package / "__init__.py").touch()
+    (run.code / "launcher" / "job.py").write_text(OLD_JOB)
+    submit(config, run, local=True)
+    deadline = time.monotonic() + 120
+    while not (run.root / "ran").exists() or not (run.root / "ran").read_text():
+        assert time.monotonic() < deadline, "the job did not run"
+        time.sleep(0.05)
+    job, package = (run.root / "ran").read_text().split(" ", 1)
+    assert job == str(run.code / "launcher" / "job.py")
+    assert str(run.code / "resnet_dist") in package
 
 
 def ended(root: Path) -> RunPaths:
