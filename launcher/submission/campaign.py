@@ -18,7 +18,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -160,8 +160,8 @@ def configurations(order: Order) -> list[tuple[dict[str, str], Config]]:
         name = "-".join([str(base.name), *(_label(*pair) for pair in values.items())])
         if not NAME_PATTERN.fullmatch(name):
             raise ConfigError(f"name = {name}: a sweep's run is too long a name; name=SHORT helps")
-        overrides = [*plain, *(f"{key}={value}" for key, value in values.items()), f"name={name}"]
-        found.append((values, load_config(order.recipe, overrides)))
+        config = load_config(order.recipe, [*plain, *map("=".join, values.items())])
+        found.append((values, replace(config, name=name)))
     names = [config.name for _, config in found]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ConfigError(f"--sweep = {', '.join(order.sweep)}: makes {twice} twice; leave out "
