@@ -19,11 +19,6 @@ def have_slurm() -> bool:
     return shutil.which("sbatch") is not None and shutil.which("srun") is not None
 
 
-def slurm_answers() -> bool:
-    """Whether there is a cluster to submit to: programs alone may be installed without one."""
-    return have_slurm() and ask(["scontrol", "ping"], 5) is not None
-
-
 @dataclass(frozen=True)
 class JobFacts:
     """A job as the controller knows it."""

@@ -152,15 +152,6 @@ def gather_rows(row: torch.Tensor, world: World) -> torch.Tensor:
     return rows
 
 
-def gather_to_zero(row: torch.Tensor, world: World) -> torch.Tensor | None:
-    """Every rank's tensor as [size, ...] on rank 0, None elsewhere. Collective."""
-    if world.size == 1:
-        return row.detach().clone()[None]
-    rows = [torch.empty_like(row) for _ in range(world.size)] if world.rank == 0 else None
-    dist.gather(row.contiguous(), rows)
-    return torch.stack(rows) if rows is not None else None
-
-
 def broadcast_from_zero(tensors: Sequence[torch.Tensor], world: World) -> None:
     """Give every rank rank 0's values, in place. Collective."""
     if world.size > 1:

@@ -1,6 +1,6 @@
 """What a network is made of, and how signals travel through it.
 
 In: a network, images.
-Out: layers with costs, responses, propagation curves.
+Out: layers with their costs, responses.
 May import: models, models.catalog.
 """
