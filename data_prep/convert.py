@@ -32,7 +32,7 @@ from data_prep.sources.arrays import CIFAR_PIXELS
 from data_prep.sources.folders import open_reader, open_source
 from data_prep.sources.found import Source
 from data_prep.sources.tars import SourceError
-from resnet_dist.config.load import ConfigError
+from resnet_dist.config.schema import ConfigError
 from resnet_dist.data.shards.manifest import Manifest, load_manifest
 from resnet_dist.run.paths import DatasetPaths
 

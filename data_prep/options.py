@@ -8,16 +8,10 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from resnet_dist.config.load import (
-    ConfigError,
-    Count,
-    Fraction,
-    Natural,
-    Positive,
-    explain,
-    parse_overrides,
-)
+from resnet_dist.config.explain import explain
+from resnet_dist.config.load import parse_overrides
 from resnet_dist.config.rules import NAME_PATTERN
+from resnet_dist.config.schema import ConfigError, Count, Fraction, Natural, Positive
 
 
 @dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)

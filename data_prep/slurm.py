@@ -23,7 +23,7 @@ from data_prep.conversion.progress import Ticker
 from data_prep.conversion.write import read_record
 from data_prep.convert import name_of, only_one, opened_for, prepare, run
 from data_prep.options import ConvertConfig
-from resnet_dist.config.load import ConfigError
+from resnet_dist.config.schema import ConfigError
 from resnet_dist.data.shards.manifest import Manifest, load_manifest
 from resnet_dist.run.paths import DatasetPaths
 

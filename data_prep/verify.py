@@ -20,7 +20,7 @@ from data_prep.conversion.progress import Ticker
 from data_prep.encode import jpeg
 from data_prep.encode.jpeg import JpegError
 from data_prep.shards.beton import MODE_JPEG, Damaged, ShardIndex, digest, read_index
-from resnet_dist.config.load import ConfigError
+from resnet_dist.config.schema import ConfigError
 from resnet_dist.data.shards.manifest import Manifest, dump_manifest, load_manifest
 from resnet_dist.run.paths import DatasetPaths
 

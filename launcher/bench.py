@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep.bench import CASES, bench_convert, summary
-from resnet_dist.config.load import ConfigError
+from resnet_dist.config.schema import ConfigError
 from resnet_dist.data.shards.manifest import load_manifest
 
 

@@ -31,8 +31,10 @@ from launcher.frozen.identity import check_identity
 from launcher.frozen.source import SOURCE_ROOT, code_fingerprint
 from launcher.supervise.supervisor import supervise_here
 from launcher.watch.status import run_status
-from resnet_dist.config.load import EVAL_PROTOCOLS, Config, ConfigError, load_config, load_frozen
-from resnet_dist.config.rules import nearest, world_problems
+from resnet_dist.config.explain import nearest
+from resnet_dist.config.load import load_config, load_frozen
+from resnet_dist.config.rules import world_problems
+from resnet_dist.config.schema import EVAL_PROTOCOLS, Config, ConfigError
 from resnet_dist.data.shards.manifest import check_dataset
 from resnet_dist.models.catalog.names import model_names
 from resnet_dist.run.paths import RunPaths

@@ -19,7 +19,8 @@ from launcher.slurm.scheduler import node_names
 from launcher.supervise.incarnation import Place, log_to_stderr
 from launcher.supervise.supervisor import supervise
 from launcher.supervise.workers import train_command
-from resnet_dist.config.load import Config, ConfigError, load_frozen
+from resnet_dist.config.load import load_frozen
+from resnet_dist.config.schema import Config, ConfigError
 from resnet_dist.run.paths import RunPaths
 
 REQUEUE_CODE = 77  # where SLURM has RequeueExit=77

@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from resnet_dist.config.load import Config, ConfigError
+from resnet_dist.config.schema import Config, ConfigError
 from resnet_dist.data.augmentation.normalize import normalization
 from resnet_dist.data.loader import TrainLoader
 from resnet_dist.data.shards.manifest import Manifest
-from resnet_dist.evaluate.views import Views, open_views
-from resnet_dist.models import build_model
+from resnet_dist.models.build import build_model
 from resnet_dist.models.weights import WeightsError, init_from
 from resnet_dist.ranks.distributed import World, cores_per_rank
 from resnet_dist.run.paths import DatasetPaths
@@ -60,13 +59,6 @@ def train_loader(config: Config, world: World, first_step: int,
         verify=config.data.verify, first_step=first_step, stage_dir=config.data.stage_dir,
         read_ahead=config.data.read_ahead, staged=lambda there, total: alive(),
         repeats=config.data.repeats, groups=config.batch_size // (config.bn_batch or 1))
-
-
-def eval_loader(config: Config, world: World) -> Views:
-    """This rank's contiguous slice of the evaluation split, once, as `eval.protocol` shows it."""
-    return open_views(data_path(config), config.eval, world,
-                      threads=config.data.threads or cores_per_rank(config),
-                      verify=config.data.verify)
 
 
 def data_path(config: Config) -> Path:

@@ -25,15 +25,10 @@ from typing import Any, NoReturn
 
 import torch
 
-from resnet_dist.build import (
-    eval_loader,
-    fresh_model,
-    model_of,
-    normalization_of,
-    train_loader,
-)
-from resnet_dist.config.load import Config, ConfigError, config_to_dict, load_frozen
+from resnet_dist.build import fresh_model, model_of, normalization_of, train_loader
+from resnet_dist.config.load import config_to_dict, load_frozen
 from resnet_dist.config.rules import world_problems
+from resnet_dist.config.schema import Config, ConfigError
 from resnet_dist.data.augmentation.mix import mixer
 from resnet_dist.data.augmentation.random import sample_keys
 from resnet_dist.data.loader import Batch, DataError
@@ -45,6 +40,7 @@ from resnet_dist.engine.optim import Observed, lr_at
 from resnet_dist.engine.precision import settled
 from resnet_dist.evaluate.judge import scores
 from resnet_dist.evaluate.passes import Interrupted, evaluate
+from resnet_dist.evaluate.views import eval_loader
 from resnet_dist.ranks.distributed import World, broadcast_int, init_world, shutdown
 from resnet_dist.ranks.preemption import SignalFlag
 from resnet_dist.run.checkpoint import (

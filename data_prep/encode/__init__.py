@@ -1,1 +1,6 @@
-"""What becomes of one image."""
+"""What becomes of one image.
+
+In: its bytes.
+Out: what a shard stores, or the reason why not (door: `images.encode`; loops in `native/`).
+May import: shards, sources.
+"""

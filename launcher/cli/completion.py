@@ -36,7 +36,8 @@ def settings(incomplete: str) -> list[str]:
 
         return [f"cluster={name}" for name in profile_names()
                 if f"cluster={name}".startswith(incomplete)]
-    from resnet_dist.config.load import Config, config_to_dict
+    from resnet_dist.config.load import config_to_dict
+    from resnet_dist.config.schema import Config
 
     tree = config_to_dict(Config())
     section, dot, _ = incomplete.partition(".")

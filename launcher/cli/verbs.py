@@ -391,7 +391,7 @@ def main() -> None:
     except (ValueError, RuntimeError) as error:
         # Late imports: `--help` need not wait for them.
         from data_prep.conversion.pool import ConvertError
-        from resnet_dist.config.load import ConfigError
+        from resnet_dist.config.schema import ConfigError
 
         if not isinstance(error, (ConfigError, ConvertError)):
             raise

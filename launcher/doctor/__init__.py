@@ -1,1 +1,6 @@
-"""Can this machine, and this cluster, train?"""
+"""Can this machine, and can this cluster, train?
+
+In: nothing, or a partition.
+Out: findings, each with its remedy.
+May import: job, slurm, submission, supervise, resnet_dist.config, resnet_dist.data.shards.
+"""

@@ -23,7 +23,8 @@ from rich.table import Table
 
 from launcher.doctor.slurm import Finding, slurm_findings
 from launcher.doctor.slurm import finding as _finding
-from resnet_dist.config.load import ConfigError, config_from_dict
+from resnet_dist.config.load import config_from_dict
+from resnet_dist.config.schema import ConfigError
 from resnet_dist.data.shards.manifest import check_dataset
 
 _NATIVE = {

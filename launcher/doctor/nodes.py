@@ -31,7 +31,8 @@ from launcher.slurm.scheduler import cancel, have_slurm, queue_states
 from launcher.submission.submit import handed_to_slurm
 from launcher.supervise.channel import address_of_leader
 from launcher.supervise.workers import last_error
-from resnet_dist.config.load import Config, ConfigError, config_from_dict, with_overrides
+from resnet_dist.config.load import config_from_dict, with_overrides
+from resnet_dist.config.schema import Config, ConfigError
 
 _SECTIONS = ("launch", "cluster", "data", "runs", "device")
 _JOB_MINUTES = 10

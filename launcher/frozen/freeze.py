@@ -22,8 +22,9 @@ from typing import Any
 import yaml
 
 from launcher.frozen.source import freeze_code
-from resnet_dist.config.load import Config, ConfigError, config_to_dict, dump_config, flat
+from resnet_dist.config.load import config_to_dict, dump_config, flat
 from resnet_dist.config.rules import NAME_PATTERN
+from resnet_dist.config.schema import Config, ConfigError
 from resnet_dist.data.shards.manifest import Manifest, check_dataset, manifest_fingerprint
 from resnet_dist.run.paths import RunPaths
 

@@ -16,7 +16,8 @@ from typing import Any
 from launcher.frozen.freeze import PACKAGES, read_provenance, write_provenance
 from launcher.frozen.source import code_fingerprint
 from launcher.journal.events import record
-from resnet_dist.config.load import Config, ConfigError, config_to_dict, flat
+from resnet_dist.config.load import config_to_dict, flat
+from resnet_dist.config.schema import Config, ConfigError
 from resnet_dist.data.shards.manifest import load_manifest, manifest_fingerprint
 from resnet_dist.run.paths import RunPaths
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from launcher.slurm.sbatch import gpus_per_node
 from launcher.slurm.scheduler import ask
-from resnet_dist.config.load import Config
-from resnet_dist.config.rules import nearest
+from resnet_dist.config.explain import nearest
+from resnet_dist.config.schema import Config
 
 _FORMAT = "%P|%l|%a|%D|%c|%m|%G|%f"
 _GPU = re.compile(r"\bgpu(?::([^:,()]+))?:(\d+)(?=[(,]|$)")

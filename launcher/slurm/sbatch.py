@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.frozen.source import frozen_exports, quoted
-from resnet_dist.config.load import Config, ConfigError, LaunchConfig
+from resnet_dist.config.schema import Config, ConfigError, LaunchConfig
 from resnet_dist.run.paths import RunPaths
 
 # The batch shell must outlive the signals that end the job: while it waits for srun, the

@@ -34,8 +34,9 @@ from launcher.submission.evaluation import EvalJob, queue_evaluation
 from launcher.submission.preflight import Plan, check, dry_run
 from launcher.submission.submit import announce, handed_to_slurm, submit
 from launcher.watch.status import run_status
-from resnet_dist.config.load import EVAL_PROTOCOLS, Config, ConfigError, load_config
+from resnet_dist.config.load import load_config
 from resnet_dist.config.rules import NAME_PATTERN
+from resnet_dist.config.schema import EVAL_PROTOCOLS, Config, ConfigError
 from resnet_dist.run.paths import RunPaths
 
 CONVERT_PREFIX = "convert."

@@ -13,14 +13,8 @@ from launcher.journal.events import Process, record
 from launcher.slurm import scheduler
 from launcher.submission.submit import submit
 from launcher.watch.status import RunStatus, statuses
-from resnet_dist.config.load import (
-    Config,
-    ConfigError,
-    config_from_dict,
-    load_frozen,
-    parse_overrides,
-    with_overrides,
-)
+from resnet_dist.config.load import config_from_dict, load_frozen, parse_overrides, with_overrides
+from resnet_dist.config.schema import Config, ConfigError
 from resnet_dist.data.shards.manifest import check_dataset
 from resnet_dist.run.paths import RunPaths
 

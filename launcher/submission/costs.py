@@ -20,7 +20,8 @@ import yaml
 
 from launcher.slurm.sbatch import gpus_per_node
 from launcher.slurm.scheduler import ask
-from resnet_dist.config.load import Config, config_to_dict
+from resnet_dist.config.load import config_to_dict
+from resnet_dist.config.schema import Config
 from resnet_dist.data.shards.manifest import Manifest
 from resnet_dist.models.catalog.names import MODELS
 from resnet_dist.models.catalog.sizes import SIZES

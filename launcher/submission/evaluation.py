@@ -15,7 +15,8 @@ from launcher.journal.events import read_events, record
 from launcher.slurm.sbatch import executor
 from launcher.submission.submit import handed_to_slurm
 from launcher.supervise.workers import last_error
-from resnet_dist.config.load import Config, load_frozen
+from resnet_dist.config.load import load_frozen
+from resnet_dist.config.schema import Config
 from resnet_dist.run.paths import RunPaths
 
 

@@ -23,7 +23,8 @@ from launcher.slurm.sbatch import batch_script, python_command
 from launcher.slurm.scheduler import have_slurm
 from launcher.submission.costs import Estimate, estimate, size
 from launcher.submission.submit import one_machine_problems
-from resnet_dist.config.load import Config, ConfigError, config_to_dict, dump_config
+from resnet_dist.config.load import config_to_dict, dump_config
+from resnet_dist.config.schema import Config, ConfigError
 from resnet_dist.data.shards.manifest import check_dataset
 from resnet_dist.run.paths import RunPaths
 

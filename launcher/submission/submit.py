@@ -20,7 +20,7 @@ from launcher.job import USERS_GPUS, TrainJob
 from launcher.journal.events import record
 from launcher.slurm.sbatch import executor
 from launcher.slurm.scheduler import have_slurm
-from resnet_dist.config.load import Config, ConfigError
+from resnet_dist.config.schema import Config, ConfigError
 from resnet_dist.run.paths import RunPaths
 
 NO_LIMIT_MIN = 10 * 365 * 24 * 60  # submitit's local default would end a job after two minutes

@@ -20,7 +20,7 @@ from launcher.supervise.incarnation import (
     requeue,
 )
 from launcher.supervise.workers import Exit, Workers, train_command
-from resnet_dist.config.load import Config
+from resnet_dist.config.schema import Config
 from resnet_dist.run.paths import RunPaths
 
 

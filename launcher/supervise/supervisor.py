@@ -57,7 +57,8 @@ from launcher.supervise.incarnation import (
     requeue,
 )
 from launcher.supervise.workers import BAD_INPUT, DIVERGED, FINISHED, Exit, Workers, train_command
-from resnet_dist.config.load import Config, load_frozen
+from resnet_dist.config.load import load_frozen
+from resnet_dist.config.schema import Config
 from resnet_dist.run.lease import holder
 from resnet_dist.run.paths import RunPaths
 from resnet_dist.run.rollback import Rollback, add_rollback

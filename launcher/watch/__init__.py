@@ -1,1 +1,6 @@
-"""What `status`, `logs` and `compare` show."""
+"""What `status`, `logs`, `compare` and `tensorboard` show.
+
+In: run directories.
+Out: tables, lines, JSON (door: `status.statuses`).
+May import: frozen, journal, slurm, resnet_dist.config, resnet_dist.run.
+"""

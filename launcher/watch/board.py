@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 
 from launcher.frozen.freeze import find_run
-from resnet_dist.config.load import ConfigError
+from resnet_dist.config.schema import ConfigError
 from resnet_dist.run.paths import RunPaths
 
 

@@ -16,8 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher.watch.status import run_status
-from resnet_dist.config.load import ConfigError, config_to_dict, flat, load_frozen
-from resnet_dist.config.rules import nearest
+from resnet_dist.config.explain import nearest
+from resnet_dist.config.load import config_to_dict, flat, load_frozen
+from resnet_dist.config.schema import ConfigError
 from resnet_dist.run.curves import read_lines
 from resnet_dist.run.paths import RunPaths
 

@@ -20,7 +20,7 @@ from rich.markup import escape
 
 from launcher.journal.events import read_events
 from launcher.watch.status import run_status
-from resnet_dist.config.load import ConfigError
+from resnet_dist.config.schema import ConfigError
 from resnet_dist.run.paths import RunPaths
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")

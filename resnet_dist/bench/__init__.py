@@ -1,4 +1,7 @@
-"""Measurements of the step, the kernels and the scaling, side by side with the usual choice.
+"""Measurements side by side with the usual choice, each in processes of its own.
 
-Run by `resnet-dist bench`, each in processes of its own: the command itself imports no torch.
+In: sizes and rounds.
+Out: tables and JSON, printed by `resnet-dist bench`.
+May import: config, data, data.augmentation, data.decode, data.shards, engine, kernels, models,
+    ranks, run.
 """

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from resnet_dist.config.load import AugmentConfig
+from resnet_dist.config.schema import AugmentConfig
 from resnet_dist.data.decode import decoder
 from resnet_dist.data.shards.manifest import Split, dump_manifest, load_manifest
 from resnet_dist.data.shards.reader import DataError, ShardReader

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from resnet_dist.config.load import Config, config_from_dict
+from resnet_dist.config.load import config_from_dict
+from resnet_dist.config.schema import Config
 from resnet_dist.engine.core import Engine
 from resnet_dist.engine.ddp import make_engine
-from resnet_dist.models import build_model
+from resnet_dist.models.build import build_model
 from resnet_dist.ranks.distributed import init_world
 from resnet_dist.run.checkpoint import CheckpointWriter
 from resnet_dist.run.paths import RunPaths

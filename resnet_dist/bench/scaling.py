@@ -145,7 +145,7 @@ def _rank(settings: dict[str, Any]) -> None:
 
     from resnet_dist.config.load import config_from_dict
     from resnet_dist.engine.ddp import make_engine
-    from resnet_dist.models import build_model
+    from resnet_dist.models.build import build_model
     from resnet_dist.ranks import distributed
 
     ranks = int(os.environ["WORLD_SIZE"])

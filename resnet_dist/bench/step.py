@@ -28,7 +28,7 @@ from resnet_dist.bench.traffic import floor_s, step_kernels, totals
 from resnet_dist.config.load import config_from_dict
 from resnet_dist.engine.ddp import make_engine
 from resnet_dist.engine.precision import AUTOCAST_DTYPES, native
-from resnet_dist.models import build_model
+from resnet_dist.models.build import build_model
 from resnet_dist.models.norm import GhostBatchNorm2d
 from resnet_dist.ranks.distributed import init_world
 

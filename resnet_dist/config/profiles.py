@@ -16,8 +16,9 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from resnet_dist.config.load import ConfigError, LaunchConfig, explain
-from resnet_dist.config.rules import launch_problems, nearest
+from resnet_dist.config.explain import explain, nearest
+from resnet_dist.config.rules import launch_problems
+from resnet_dist.config.schema import ConfigError, LaunchConfig
 
 _ADAPTER: TypeAdapter[LaunchConfig] = TypeAdapter(LaunchConfig)
 # A run's own: how many nodes it takes is no property of a cluster.

@@ -6,20 +6,19 @@ In: a `Config` whose fields are each valid. Out: one line a broken rule, naming 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from resnet_dist.config.explain import nearest
+from resnet_dist.config.schema import Config, LaunchConfig, ModelConfig
 from resnet_dist.models.catalog.names import MODELS, model_names
 from resnet_dist.models.catalog.options import ModelOptions, check_options
-
-if TYPE_CHECKING:
-    from resnet_dist.config.load import Config, LaunchConfig, ModelConfig
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 
 
 PROFILE_STEPS = 200  # a trace takes some MB a step
+
 
 def broken_rules(config: Config) -> list[str]:
     """One line a rule that `config` breaks: key, value, remedy."""
@@ -175,9 +174,3 @@ def _divisors(total: int, near: int, multiple_of: int = 1) -> str:
     fitting = [d for d in range(1, total + 1) if total % d == 0 and d % multiple_of == 0]
     closest = sorted(sorted(fitting, key=lambda d: abs(d - near))[:4])
     return "try " + ", ".join(map(str, closest))
-
-
-def nearest(word: str, valid: tuple[str, ...] | list[str]) -> str:
-    """The end of a refusal: what was probably meant, or all that there is."""
-    close = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(sorted(valid))}"

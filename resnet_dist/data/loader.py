@@ -15,7 +15,7 @@ from types import TracebackType
 
 import numpy as np
 
-from resnet_dist.config.load import AugmentConfig
+from resnet_dist.config.schema import AugmentConfig
 from resnet_dist.data import order
 from resnet_dist.data.augmentation import plans as augmentations
 from resnet_dist.data.augmentation.normalize import padding

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from resnet_dist import kernels
-from resnet_dist.config.load import Config
+from resnet_dist.config.schema import Config
+from resnet_dist.data.augmentation.mix import Targets
 from resnet_dist.engine import losses
 from resnet_dist.engine.averaging import AveragedWeights
-from resnet_dist.engine.losses import Targets
 from resnet_dist.engine.precision import autocast_dtype
 from resnet_dist.engine.transfer import Upload, copy_into, to_host
 from resnet_dist.models import norm

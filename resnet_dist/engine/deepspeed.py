@@ -21,10 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from resnet_dist.config.load import Config
+from resnet_dist.config.schema import Config
+from resnet_dist.data.augmentation.mix import Targets
 from resnet_dist.engine import optim
 from resnet_dist.engine.core import Engine, Normalization, euclidean, images_per_forward
-from resnet_dist.engine.losses import Targets
 from resnet_dist.engine.precision import autocast_dtype
 from resnet_dist.ranks.distributed import World, gather_rows
 

@@ -2,34 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_dist.config.load import LossConfig
-
-
-@dataclass(frozen=True)
-class Targets:
-    """What the images of a batch show.
-
-    labels: int64 [n]. Where images are mixed, image i shows `weights[i]` of labels[i] and
-    1 - weights[i] of partners[i]: int64 [n], float32 [n].
-    """
-
-    labels: Tensor
-    partners: Tensor | None = None
-    weights: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, part: slice) -> Targets:
-        return Targets(self.labels[part],
-                       None if self.partners is None else self.partners[part],
-                       None if self.weights is None else self.weights[part])
+from resnet_dist.config.schema import LossConfig
+from resnet_dist.data.augmentation.mix import Targets
 
 
 def correct(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

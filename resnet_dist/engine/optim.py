@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from resnet_dist.config.load import Config, ScheduleConfig
+from resnet_dist.config.schema import Config, ScheduleConfig
 from resnet_dist.engine.optimizers import LAMB, LARS, CaffeSGD
 
 

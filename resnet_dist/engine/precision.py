@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from resnet_dist.config.load import Config
+from resnet_dist.config.schema import Config
 from resnet_dist.ranks.distributed import World, agree_max
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 from resnet_dist.build import model_of
-from resnet_dist.config.load import ConfigError, load_frozen
+from resnet_dist.config.load import load_frozen
+from resnet_dist.config.schema import ConfigError
 from resnet_dist.data.shards.manifest import check_dataset
 from resnet_dist.models.weights import FORMATS, WeightsError, export_weights
 from resnet_dist.run.checkpoint import CheckpointError, load_model, newest_valid

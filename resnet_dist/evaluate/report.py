@@ -22,21 +22,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from resnet_dist.build import data_path, eval_loader, model_of, normalization_of
-from resnet_dist.config.load import (
-    EVAL_PROTOCOLS,
-    Config,
-    ConfigError,
-    LaunchConfig,
-    config_from_dict,
-    config_to_dict,
-    load_frozen,
-)
+from resnet_dist.build import data_path, model_of, normalization_of
+from resnet_dist.config.load import config_from_dict, config_to_dict, load_frozen
+from resnet_dist.config.schema import EVAL_PROTOCOLS, Config, ConfigError, LaunchConfig
 from resnet_dist.data.loader import DataError
 from resnet_dist.data.shards.manifest import Manifest, check_dataset, load_manifest
 from resnet_dist.engine.precision import autocast_dtype
 from resnet_dist.evaluate.judge import Outcomes, figures, log_report, write_report
 from resnet_dist.evaluate.passes import Member, predict
+from resnet_dist.evaluate.views import eval_loader
 from resnet_dist.models.analysis.responses import layer_responses, log_responses, write_responses
 from resnet_dist.ranks.distributed import World, broadcast_int, init_world, shutdown
 from resnet_dist.run.checkpoint import CheckpointError, EngineState, load, newest_valid

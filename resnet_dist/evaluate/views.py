@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resnet_dist.config.load import EvalConfig
+from resnet_dist.build import data_path
+from resnet_dist.config.schema import Config, EvalConfig
 from resnet_dist.data.decode import decoder
 from resnet_dist.data.loader import EvalLoader
 from resnet_dist.data.shards.reader import DataError, ShardReader
-from resnet_dist.ranks.distributed import World
+from resnet_dist.ranks.distributed import World, cores_per_rank
 
 # Positions in the group, int64 [m], and uint8 [m, h, w, 3]; a position at most once.
 Shown = tuple[Tensor, Tensor]
@@ -55,6 +56,13 @@ class Views:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  traceback: TracebackType | None) -> None:
         self._close()
+
+
+def eval_loader(config: Config, world: World) -> Views:
+    """This rank's contiguous slice of the evaluation split, once, as `eval.protocol` shows it."""
+    return open_views(data_path(config), config.eval, world,
+                      threads=config.data.threads or cores_per_rank(config),
+                      verify=config.data.verify)
 
 
 def open_views(dataset: Path, options: EvalConfig, world: World, *, threads: int | None,

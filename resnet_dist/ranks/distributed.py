@@ -19,7 +19,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from resnet_dist.config.load import Config, ConfigError
+from resnet_dist.config.schema import Config, ConfigError
 from resnet_dist.ranks.rendezvous import meet
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 
-from resnet_dist.config.load import ConfigError
+from resnet_dist.config.schema import ConfigError
 
 
 def meet(rank: int, size: int, timeout: timedelta) -> Any:

@@ -1,1 +1,7 @@
-"""The run directory: its paths, its checkpoints, and who may write it."""
+"""The run directory, and who may write into it.
+
+In: steps, states, curves.
+Out: checkpoints that are whole or absent (door: `checkpoint`), paths, the lease, rollbacks, curves
+    and event files that go on after a restart.
+May import: nothing of ours.
+"""

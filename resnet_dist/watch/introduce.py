@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from resnet_dist.config.load import Config, config_to_dict, flat
+from resnet_dist.config.load import config_to_dict, flat
+from resnet_dist.config.schema import Config
 from resnet_dist.run.paths import RunPaths
 from resnet_dist.watch.metrics import Metrics
 from resnet_dist.watch.trace import indented

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from resnet_dist.config.load import Config
+from resnet_dist.config.schema import Config
 from resnet_dist.data.loader import Batch
 from resnet_dist.data.shards.manifest import Manifest
 from resnet_dist.data.shards.reader import ShardReader

@@ -11,12 +11,13 @@ import torch
 from resnet_dist.ranks import distributed
 from resnet_dist.engine import optim
 from resnet_dist.run.checkpoint import EngineState
-from resnet_dist.config.load import Config, config_from_dict
+from resnet_dist.config.schema import Config
+from resnet_dist.config.load import config_from_dict
 from resnet_dist.data.augmentation.mix import mixer
 from resnet_dist.ranks.distributed import World
 from resnet_dist.engine.ddp import make_engine
 from resnet_dist.engine.core import Engine
-from resnet_dist.models import build_model
+from resnet_dist.models.build import build_model
 
 SIZE = 16  # pixels; small, so that a step takes milliseconds
 CLASSES = 10

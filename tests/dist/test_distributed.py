@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resnet_dist.ranks import distributed
-from resnet_dist.config.load import Config
+from resnet_dist.config.schema import Config
 from resnet_dist.ranks.distributed import World, all_sum, init_world, shutdown, tree_sum
 from resnet_dist.ranks.preemption import SignalFlag
 from tests.dist.harness import RankFailed, run_ranks

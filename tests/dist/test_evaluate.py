@@ -13,14 +13,15 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import IMAGES, EventAccumulator
 
 from launcher.frozen.freeze import create_run
-from resnet_dist.build import eval_loader
-from resnet_dist.config.load import Config, config_from_dict, load_frozen
+from resnet_dist.evaluate.views import eval_loader
+from resnet_dist.config.schema import Config
+from resnet_dist.config.load import config_from_dict, load_frozen
 from resnet_dist.ranks.distributed import all_sum, init_world, shutdown
 from resnet_dist.evaluate.passes import predict
 from resnet_dist.evaluate.report import Request, evaluate_checkpoint
 from resnet_dist.evaluate.judge import Outcomes
 from resnet_dist.watch.metrics import read_lines
-from resnet_dist.models import build_model
+from resnet_dist.models.build import build_model
 from resnet_dist.run.paths import RunPaths
 from resnet_dist.ranks.preemption import SignalFlag
 from resnet_dist.train import train
@@ -218,7 +219,7 @@ def test_the_command_evaluates_ensembles_and_responses(
 ])
 def test_a_wrong_request_names_the_remedy(
         finished: RunPaths, changes: dict[str, Any], message: str) -> None:
-    from resnet_dist.config.load import ConfigError
+    from resnet_dist.config.schema import ConfigError
 
     config = load_frozen(finished.config)
     if "size" in changes:

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from launcher.frozen.freeze import create_run, rewrite_config
-from resnet_dist.config.load import Config, config_from_dict, config_to_dict, load_frozen
+from resnet_dist.config.schema import Config
+from resnet_dist.config.load import config_from_dict, config_to_dict, load_frozen
 from resnet_dist.watch.metrics import read_lines
 from resnet_dist.run.paths import RunPaths
 from resnet_dist.run.rollback import Rollback, add_rollback

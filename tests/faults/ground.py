@@ -23,7 +23,8 @@ import yaml
 
 from launcher.journal.events import LAST_WORDS, Event, last_attempt, read_events, redone_steps
 from launcher.journal.progress import checkpoint_step, heartbeat_steps
-from resnet_dist.config.load import Config, config_from_dict
+from resnet_dist.config.load import config_from_dict
+from resnet_dist.config.schema import Config
 from resnet_dist.run.paths import RunPaths
 from resnet_dist.watch.metrics import read_lines
 from tests.slurm.cluster import Cluster

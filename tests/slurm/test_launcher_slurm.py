@@ -17,7 +17,7 @@ from launcher.submission import campaign
 from launcher.submission.control import stop
 from launcher.submission.submit import submit
 from launcher.watch.status import statuses
-from resnet_dist.config.load import ConfigError
+from resnet_dist.config.schema import ConfigError
 from tests.conftest import ROOT
 from tests.slurm.slurm_runs import SlurmRun, stand_in
 from tests.slurm.slurm_runs import slurm as ask

@@ -13,7 +13,7 @@ import pytest
 from data_prep.slurm import private_folder
 from launcher.job import RunFailed, TrainJob
 from launcher.submission.submit import prepare
-from resnet_dist.config.load import ConfigError
+from resnet_dist.config.schema import ConfigError
 from resnet_dist.run.paths import RunPaths
 
 ROOT = Path(__file__).resolve().parents[2]

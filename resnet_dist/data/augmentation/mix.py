@@ -17,9 +17,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resnet_dist.config.load import AugmentConfig
+from resnet_dist.config.schema import AugmentConfig
 from resnet_dist.data.augmentation.random import Purpose, uniforms
-from resnet_dist.engine.losses import Targets
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the images of a batch show.
+
+    labels: int64 [n]. Where images are mixed, image i shows `weights[i]` of labels[i] and
+    1 - weights[i] of partners[i]: int64 [n], float32 [n].
+    """
+
+    labels: Tensor
+    partners: Tensor | None = None
+    weights: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, part: slice) -> Targets:
+        return Targets(self.labels[part],
+                       None if self.partners is None else self.partners[part],
+                       None if self.weights is None else self.weights[part])
+
 
 Mixer = Callable[[Tensor, Tensor], tuple[Tensor, Targets]]
 

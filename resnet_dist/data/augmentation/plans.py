@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from resnet_dist.config.load import AugmentConfig
+from resnet_dist.config.schema import AugmentConfig
 from resnet_dist.data.augmentation import policy
 from resnet_dist.data.augmentation.random import Purpose, normals, uniforms
 from resnet_dist.data.decode.decoder import PLAN, Op

@@ -1,1 +1,6 @@
-"""From bytes to pixels: the native decoder and what it is told."""
+"""From bytes to pixels.
+
+In: an encoded image and its plan.
+Out: uint8 HWC, by the C++ in `native/` (door: `decoder`).
+May import: nothing of ours.
+"""

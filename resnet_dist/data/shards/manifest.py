@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from resnet_dist.config.load import Config, ConfigError, Section
+from resnet_dist.config.schema import Config, ConfigError, Section
 from resnet_dist.run.paths import DatasetPaths
 
 FORMAT_VERSION = 1

@@ -1,1 +1,6 @@
-"""Triton kernels, one file per fused operation; imported only where a GPU runs them."""
+"""Triton's kernels, one file an operation.
+
+In: CUDA tensors.
+Out: CUDA tensors, on the current stream.
+May import: nothing of ours.
+"""

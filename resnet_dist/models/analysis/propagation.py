@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_dist.models import build_model
+from resnet_dist.models.build import build_model
 from resnet_dist.models.catalog.names import input_size
 from resnet_dist.models.keyed import set_sample_keys
 from resnet_dist.models.layers import Stage

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resnet_dist.models import build_model
+from resnet_dist.models.build import build_model
 from resnet_dist.models.catalog.names import input_size
 from resnet_dist.models.layers import BlurConv2d
 

@@ -10,7 +10,7 @@ import torch
 
 from resnet_dist.bench.rounds import Competitor, CompetitorFailed
 from resnet_dist.bench.step import plain_model
-from resnet_dist.models import build_model
+from resnet_dist.models.build import build_model
 from resnet_dist.models.norm import GhostBatchNorm2d
 
 

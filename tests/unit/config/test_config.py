@@ -10,8 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resnet_dist.config.load import (
-    Config,
-    ConfigError,
     config_from_dict,
     config_to_dict,
     dump_config,
@@ -19,6 +17,7 @@ from resnet_dist.config.load import (
     load_frozen,
 )
 from resnet_dist.config.rules import world_problems
+from resnet_dist.config.schema import Config, ConfigError
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 

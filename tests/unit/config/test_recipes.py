@@ -10,20 +10,16 @@ import pytest
 import torch
 import yaml
 
-from resnet_dist.build import eval_loader, model_of, normalization_of, train_loader
-from resnet_dist.config.load import (
-    Config,
-    config_from_dict,
-    config_to_dict,
-    dump_config,
-    load_config,
-)
+from resnet_dist.build import model_of, normalization_of, train_loader
+from resnet_dist.config.load import config_from_dict, config_to_dict, dump_config, load_config
+from resnet_dist.config.schema import Config
 from resnet_dist.data.augmentation.mix import mixer
 from resnet_dist.data.augmentation.random import sample_keys
 from resnet_dist.data.shards.manifest import check_dataset
 from resnet_dist.engine.ddp import make_engine
 from resnet_dist.engine.optim import lr_at
 from resnet_dist.evaluate.passes import evaluate
+from resnet_dist.evaluate.views import eval_loader
 from resnet_dist.ranks.distributed import World
 from tests.unit.data.samples import jpeg_sample, raw_sample, write_dataset
 

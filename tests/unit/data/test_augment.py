@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageOps
 
-from resnet_dist.config.load import AugmentConfig
+from resnet_dist.config.schema import AugmentConfig
 from resnet_dist.data.augmentation.mix import draw, mixer
 from resnet_dist.data.augmentation.plans import center_crop, size_at, train_plans
 from resnet_dist.data.augmentation.policy import RAND_OPS, TRIVIAL_OPS

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-from resnet_dist.config.load import AugmentConfig
+from resnet_dist.config.schema import AugmentConfig
 from resnet_dist.data.augmentation.mix import mixer
 from resnet_dist.data.augmentation.plans import train_plans
 from resnet_dist.data.decode import decoder

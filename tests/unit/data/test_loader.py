@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from resnet_dist.config.load import AugmentConfig
+from resnet_dist.config.schema import AugmentConfig
 from resnet_dist.data.augmentation.normalize import normalization, padding
 from resnet_dist.data.decode import decoder
 from resnet_dist.data.engine import _Buffers, _Work

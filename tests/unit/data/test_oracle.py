@@ -12,7 +12,7 @@ import pytest
 import torch
 from numba.core.dispatcher import Dispatcher
 
-from resnet_dist.config.load import AugmentConfig
+from resnet_dist.config.schema import AugmentConfig
 from resnet_dist.data import order
 from resnet_dist.data.loader import TrainLoader
 from tests.unit.data.samples import Sample, decoded, jpeg_sample, write_dataset

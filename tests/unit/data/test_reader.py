@@ -226,7 +226,7 @@ def test_imagenet_in_a_thousand_shards_opens_in_two_seconds_and_150_megabytes(tm
 FUZZ = """
 import sys, json, numpy as np
 from pathlib import Path
-from resnet_dist.config.load import AugmentConfig
+from resnet_dist.config.schema import AugmentConfig
 from resnet_dist.data.loader import TrainLoader, DataError
 from resnet_dist.data.decode import decoder
 root, seed, cases = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])

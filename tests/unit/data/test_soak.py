@@ -17,7 +17,7 @@ from tests.unit.data.samples import jpeg_sample, write_dataset
 
 SOAK = """
 import gc, json, random, sys, threading, time
-from resnet_dist.config.load import AugmentConfig
+from resnet_dist.config.schema import AugmentConfig
 from resnet_dist.data.loader import EvalLoader, TrainLoader
 
 def resident():

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from resnet_dist.config.load import AugmentConfig
+from resnet_dist.config.schema import AugmentConfig
 from resnet_dist.data.loader import TrainLoader
 from resnet_dist.data.shards import stage as stage_module
 from resnet_dist.data.shards.manifest import load_manifest

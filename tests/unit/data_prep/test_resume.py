@@ -17,7 +17,7 @@ from PIL import Image
 from data_prep.conversion.plan import load_plan
 from data_prep.convert import convert
 from data_prep.verify import verify
-from resnet_dist.config.load import ConfigError
+from resnet_dist.config.schema import ConfigError
 from resnet_dist.data.shards.manifest import load_manifest
 from tests.unit.data_prep.material import file_bytes, hashes, make_tree, options, picture, read_back
 

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet_dist.engine.ddp import DDPEngine
-from resnet_dist.models import build_model, norm
+from resnet_dist.models import norm
+from resnet_dist.models.build import build_model
 from tests.dist.runs import CLASSES, build, digest, global_batch, join, make_config, train
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from resnet_dist.config.load import ConfigError, config_from_dict
+from resnet_dist.config.load import config_from_dict
+from resnet_dist.config.schema import ConfigError
 from resnet_dist.engine import ddp as engines
 from resnet_dist.engine.graph import WARM_STEPS, RecordedStep
 from tests.dist.harness import run_ranks

@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resnet_dist.config.load import Config, LossConfig, ScheduleConfig, config_from_dict
+from resnet_dist.config.load import config_from_dict
+from resnet_dist.config.schema import Config, LossConfig, ScheduleConfig
+from resnet_dist.data.augmentation.mix import Targets
 from resnet_dist.engine.averaging import AveragedWeights
-from resnet_dist.engine.losses import Targets, class_weights, correct, loss_sum
+from resnet_dist.engine.losses import class_weights, correct, loss_sum
 from resnet_dist.engine.optim import (
     Observed,
     build_optimizer,
@@ -25,7 +27,8 @@ from resnet_dist.engine.optim import (
     plateau_steps,
     set_lr,
 )
-from resnet_dist.models import build_model, norm
+from resnet_dist.models import norm
+from resnet_dist.models.build import build_model
 from resnet_dist.models.norm import GhostBatchNorm2d
 
 STEPS = 1000

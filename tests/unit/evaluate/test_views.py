@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from resnet_dist.config.load import EvalConfig
+from resnet_dist.config.schema import EvalConfig
 from resnet_dist.data.shards.reader import DataError, ShardReader
 from resnet_dist.evaluate.passes import Member, mean_log_probabilities, predict
 from resnet_dist.evaluate.views import open_views

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from resnet_dist import kernels
 from resnet_dist.kernels import reference
-from resnet_dist.models import build_model
+from resnet_dist.models.build import build_model
 from resnet_dist.models.catalog.names import MODELS, input_size
 
 pytest.importorskip("triton", reason="triton is not installed; the test extra brings it")

@@ -13,7 +13,8 @@ from pathlib import Path
 from launcher.job import TrainJob
 from launcher.supervise.incarnation import Place, log_to_stderr
 from launcher.supervise.supervisor import supervise
-from resnet_dist.config.load import Config, config_from_dict, dump_config, load_frozen
+from resnet_dist.config.load import config_from_dict, dump_config, load_frozen
+from resnet_dist.config.schema import Config
 from resnet_dist.run.paths import RunPaths
 
 WORKER = Path(__file__).with_name("worker.py")

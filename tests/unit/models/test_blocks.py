@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from resnet_dist.config.load import ModelConfig
-from resnet_dist.models import build_model, model_names
-from resnet_dist.models.catalog.names import MODELS, input_size
+from resnet_dist.config.schema import ModelConfig
+from resnet_dist.models.build import build_model
+from resnet_dist.models.catalog.names import MODELS, input_size, model_names
 from resnet_dist.models.catalog.options import ACTIVATIONS, SHORTCUT_EXPERIMENTS, ModelOptions
 from resnet_dist.models.experiments import ActivationExperiment, ShortcutExperiment
 from resnet_dist.models.inception import (

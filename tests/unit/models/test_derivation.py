@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from resnet_dist.models import build_model
+from resnet_dist.models.build import build_model
 from resnet_dist.models.keyed import set_sample_keys
 from resnet_dist.models.norm import bn_running_vector, commit_running_stats, flatten_bn_stats
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from resnet_dist.models import build_model
+from resnet_dist.models.build import build_model
 from resnet_dist.models.keyed import (
     KeyedDropout,
     StochasticDepth,

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from resnet_dist.models import build_model
 from resnet_dist.models.analysis.propagation import measure, plot, signal_propagation
+from resnet_dist.models.build import build_model
 
 
 def test_variance_and_gradient_are_those_of_the_block_output():

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from resnet_dist.models import build_model
 from resnet_dist.models.analysis.responses import layer_responses, log_responses, write_responses
+from resnet_dist.models.build import build_model
 from resnet_dist.models.norm import (
     bn_running_vector,
     bn_stat_vector,

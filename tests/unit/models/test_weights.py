@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from resnet_dist.models import build_model
+from resnet_dist.models.build import build_model
 from resnet_dist.models.weights import (
     WeightsError,
     export_weights,

@@ -12,14 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resnet_dist.config.load import (
-    Config,
-    ConfigError,
     config_from_dict,
     config_to_dict,
     dump_config,
     load_config,
     load_frozen,
 )
+from resnet_dist.config.schema import Config, ConfigError
 from resnet_dist.data.augmentation.mix import draw, mixer
 from resnet_dist.data.loader import Batch
 from resnet_dist.data.shards.manifest import load_manifest
@@ -27,7 +26,7 @@ from resnet_dist.engine.clock import Clock
 from resnet_dist.engine.core import Engine
 from resnet_dist.engine.ddp import make_engine
 from resnet_dist.evaluate.judge import Outcomes
-from resnet_dist.models import build_model
+from resnet_dist.models.build import build_model
 from resnet_dist.ranks.distributed import World
 from resnet_dist.run.curves import read_lines
 from resnet_dist.run.paths import RunPaths

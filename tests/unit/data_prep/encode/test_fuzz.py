@@ -22,7 +22,7 @@ from data_prep.shards.beton import Damaged, read_index
 from data_prep.sources import tars
 from data_prep.sources.found import Unreadable
 from data_prep.verify import verify
-from resnet_dist.config.load import ConfigError
+from resnet_dist.config.schema import ConfigError
 from resnet_dist.data.shards.manifest import load_manifest
 from tests.unit.data_prep.material import (
     file_bytes,

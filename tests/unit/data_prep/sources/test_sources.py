@@ -18,7 +18,7 @@ from PIL import Image
 
 from data_prep.convert import ConvertError, convert
 from data_prep.sources import tars
-from resnet_dist.config.load import ConfigError
+from resnet_dist.config.schema import ConfigError
 from resnet_dist.data.shards.manifest import load_manifest
 from tests.unit.data_prep.material import (
     file_bytes,

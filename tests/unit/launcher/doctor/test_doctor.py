@@ -14,7 +14,7 @@ import pytest
 from launcher.doctor.machine import examine
 from launcher.doctor.nodes import _merged, between_nodes, job_config
 from launcher.doctor.slurm import finding, judged, slurm_findings
-from resnet_dist.config.load import ConfigError
+from resnet_dist.config.schema import ConfigError
 from tests.unit.launcher import slurm_stand_in
 
 GOOD = {"JobRequeue": "1", "KillWait": "30 sec", "PreemptMode": "REQUEUE",

@@ -14,7 +14,8 @@ from launcher.frozen.freeze import create_run, read_provenance, write_provenance
 from launcher.frozen.identity import check_identity
 from launcher.journal.events import read_events, record
 from launcher.submission.control import resume
-from resnet_dist.config.load import Config, ConfigError, config_from_dict, load_frozen
+from resnet_dist.config.load import config_from_dict, load_frozen
+from resnet_dist.config.schema import Config, ConfigError
 from resnet_dist.run.paths import RunPaths
 
 

@@ -24,7 +24,8 @@ from launcher.job import RunFailed, TrainJob
 from launcher.journal.events import read_events, record
 from launcher.slurm.sbatch import sbatch_parameters
 from launcher.submission.control import resume
-from resnet_dist.config.load import ConfigError, config_from_dict, load_frozen
+from resnet_dist.config.load import config_from_dict, load_frozen
+from resnet_dist.config.schema import ConfigError
 from resnet_dist.run.paths import RunPaths
 from tests.unit.launcher.stand_in import make_run
 

@@ -24,15 +24,9 @@ from launcher.submission.campaign import Order, plan_order
 from launcher.submission.control import resume
 from launcher.submission.costs import estimate, free_bytes
 from launcher.submission.preflight import check
-from resnet_dist.config.load import (
-    Config,
-    ConfigError,
-    config_from_dict,
-    dump_config,
-    load_config,
-    load_frozen,
-)
+from resnet_dist.config.load import config_from_dict, dump_config, load_config, load_frozen
 from resnet_dist.config.profiles import KEYS, load_profile, profile_folders, profile_names
+from resnet_dist.config.schema import Config, ConfigError
 from resnet_dist.data.shards.manifest import load_manifest
 from resnet_dist.models.catalog.names import MODELS
 from resnet_dist.models.catalog.sizes import SIZES
@@ -355,7 +349,7 @@ def test_the_estimate_takes_the_speed_of_an_earlier_run(digits: Path, tmp_path: 
 
 def test_checkpoints_are_as_large_as_estimated() -> None:
     """Against the tensors themselves: weights, momentum, average, BatchNorm statistics."""
-    from resnet_dist.models import build_model
+    from resnet_dist.models.build import build_model
 
     for settings, copies in (({}, 2), ({"ema": {"decay": 0.9}}, 3),
                              ({"optimizer": {"name": "adamw"}}, 3)):

@@ -37,7 +37,8 @@ from launcher.supervise.incarnation import decide
 from launcher.supervise.workers import last_error
 from launcher.watch.show import duration, show_status
 from launcher.watch.status import RunStatus, run_status, statuses, with_queue
-from resnet_dist.config.load import ConfigError, config_from_dict, load_frozen
+from resnet_dist.config.load import config_from_dict, load_frozen
+from resnet_dist.config.schema import ConfigError
 from resnet_dist.run.paths import RunPaths
 from tests.unit.launcher.stand_in import make_run
 

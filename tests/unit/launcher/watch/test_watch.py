@@ -24,7 +24,7 @@ from launcher.supervise.workers import last_error
 from launcher.watch.board import tunnel
 from launcher.watch.compare import compare_runs
 from launcher.watch.logs import print_logs, wanted
-from resnet_dist.config.load import ConfigError
+from resnet_dist.config.schema import ConfigError
 from resnet_dist.run.paths import RunPaths
 from tests.unit.launcher.stand_in import make_run
 
