@@ -14,7 +14,7 @@ from PIL import Image, TiffImagePlugin
 
 from data_prep.conversion.account import account
 from data_prep.convert import ConvertError, convert
-from data_prep.encode import formats
+from data_prep.encode import formats, jpeg
 from data_prep.encode.facts import total
 from data_prep.encode.images import encode
 from data_prep.sources.found import Unreadable
@@ -61,6 +61,7 @@ def test_a_progressive_file_without_its_last_scans_is_a_cut():
     for start in scans[1:]:
         table = data.rindex(b"\xff\xc4", 0, start)  # a scan's own table stands before it
         for end in (start, table):
+            assert jpeg.with_end(data[:end]) is None  # whatever libjpeg makes of such a file
             with pytest.raises(Unreadable, match="cut short"):
                 encode(data[:end], encoding(), "n")
 
