@@ -103,6 +103,7 @@ def prepare(opened: Source, source: str, dst: Path, config: ConvertConfig) -> Pl
                          val_fraction=config.val_fraction, shard_samples=config.shard_samples,
                          outside=config.outside, known_classes=known,
                          bytes_an_image=float(CIFAR_PIXELS) if raw_pixels else None, name=source,
+                         heif_allowed=config.max_rejected,
                          taken_splits=tuple(base.splits) if base else ())
     except SourceError as error:
         shutil.rmtree(WorkPaths.of(dst).root, ignore_errors=True)

@@ -31,6 +31,9 @@ class ConvertConfig:
     # apply: turn images as their EXIF orientation says; ignore: leave them as Pillow's and
     # torchvision's plain loading would.
     exif: Literal["apply", "ignore"] = "apply"
+    # Of images with 16 bits a pixel: the value that is shown white, e.g. 4095 for 12 bits of X-ray;
+    # None: 65535.
+    white: Annotated[int, Field(ge=1, le=65535)] | None = None
     split: str | None = None  # name of the split, where the source has none of its own
     val_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None  # of a source without val
     append: bool = False  # add the source's splits to the finished data set in DST
@@ -54,7 +57,8 @@ _ADAPTER: TypeAdapter[ConvertConfig] = TypeAdapter(ConvertConfig)
 FREE = ("name", "workers", "max_rejected", "slurm_tasks", "slurm_partition", "slurm_account",
         "slurm_minutes", "slurm_mem_gb")
 # Options that are the data set's own: appended splits take them over.
-ENCODING = ("encoding", "raw_fraction", "keep", "quality", "longer_side", "shorter_side", "exif")
+ENCODING = ("encoding", "raw_fraction", "keep", "quality", "longer_side", "shorter_side", "exif",
+            "white")
 
 
 def parse_convert_overrides(overrides: list[str]) -> ConvertConfig:

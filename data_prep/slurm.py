@@ -102,8 +102,10 @@ def _submit(plan: Plan, config: ConvertConfig, setup: Sequence[str]) -> list[Any
         common["slurm_partition"] = config.slurm_partition
     extra = {"account": config.slurm_account} if config.slurm_account else {}
     array = submitit.AutoExecutor(folder=str(folder), cluster="slurm")
+    # srun takes its cores from its own option alone: since SLURM 22.05 not from the job's.
     array.update_parameters(**common, name=f"convert-{plan.dst.name}"[:60], cpus_per_task=workers,
-                            slurm_mem=f"{int(memory * 1024)}M", slurm_additional_parameters=extra)
+                            slurm_mem=f"{int(memory * 1024)}M", slurm_additional_parameters=extra,
+                            slurm_srun_args=[f"--cpus-per-task={workers}"])
     dst = str(plan.dst.resolve())
     jobs = array.map_array(convert_range, [dst] * tasks, range(tasks), [tasks] * tasks,
                            [workers] * tasks)

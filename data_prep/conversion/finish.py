@@ -10,16 +10,18 @@ import hashlib
 import io
 import json
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
-from data_prep.conversion import look
+from data_prep.conversion import account, look
 from data_prep.conversion.plan import Plan, ShardId
 from data_prep.conversion.pool import ConvertError
 from data_prep.conversion.write import Record, read_record
+from data_prep.encode import facts
 from data_prep.options import ENCODING
 from data_prep.shards.beton import write_atomically
 from resnet_dist.data.shards.manifest import (
@@ -52,10 +54,11 @@ def finish(plan: Plan, name: str, max_rejected: int) -> Manifest:
     base = load_manifest(plan.dst) if plan.append else None
     rejected = _write_rejected(records, paths, base)
     if rejected > max_rejected:
+        reasons = account.by_number(_described(plan, records)["rejected_reasons"])
         raise ConvertError(
             f"{rejected} of {sum(split.samples for split in plan.splits)} images could not be "
-            f"used, more than max_rejected = {max_rejected}; {paths.rejected} names them with "
-            f"reasons. Repair them, or run again with max_rejected={rejected}")
+            f"used, more than max_rejected = {max_rejected} ({reasons}); {paths.rejected} names "
+            f"them with reasons. Repair them, or run again with max_rejected={rejected}")
     splits = _splits(plan, records)
     manifest = _new(plan, records, splits, name, paths) if base is None else _joined(
         base, plan, records, splits, paths)
@@ -97,7 +100,7 @@ def _new(plan: Plan, records: Records, splits: dict[str, Split], name: str,
             "codec": plan.identity["codec"]},
         mean=mean, std=std, image_size=size,
         pixel_mean_sha256=_write_pixel_mean(plan, records, trained, paths) if size else None,
-        source=_described(plan) | {"measured_images": measured})
+        source=_described(plan, records) | {"measured_images": measured})
 
 
 def _joined(base: Manifest, plan: Plan, records: Records, splits: dict[str, Split],
@@ -109,7 +112,7 @@ def _joined(base: Manifest, plan: Plan, records: Records, splits: dict[str, Spli
         "splits": dict(base.splits) | splits, "image_size": size,
         "pixel_mean_sha256": base.pixel_mean_sha256 if size else None,
         "source": base.source | {"appended": [*base.source.get("appended", []),
-                                              _described(plan)]}}
+                                              _described(plan, records)]}}
     if "train" in splits:
         fields["mean"], fields["std"] = _mean_std(
             [record for shard, record in records.items() if shard.split == "train"])
@@ -118,10 +121,14 @@ def _joined(base: Manifest, plan: Plan, records: Records, splits: dict[str, Spli
     return changed(base, **fields)
 
 
-def _described(plan: Plan) -> dict[str, Any]:
+def _described(plan: Plan, records: Records) -> dict[str, Any]:
+    reasons = Counter(account.kind_of(reason) for record in records.values()
+                      for _, reason in record.rejected)
     return {"kind": plan.kind, "name": plan.source_name, "listing_sha256": plan.listing,
             "split": plan.options["split"], "val_fraction": plan.options["val_fraction"],
-            "ignored_files": plan.ignored}
+            "ignored_files": sum(plan.ignored.values()), "ignored_suffixes": plan.ignored,
+            "rejected_reasons": dict(sorted(reasons.items())),
+            "facts": facts.total(record.facts for record in records.values())}
 
 
 def _image_size(records: Records) -> tuple[int, int] | None:

@@ -18,8 +18,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data_prep.encode import jpeg
 from data_prep.shards.beton import MODE_RAW, ShardIndex, read_index
+from resnet_dist.data.shards.manifest import PILLOW_LETTERS, legible
 
 COLUMNS, ROWS, CELL, TEXT = 12, 8, 112, 16  # pixels
+LETTERS = 16  # of a class's name: as many as fit
 SHEET = "contact_sheet.png"
 HISTOGRAM = "class_histogram.png"
 INK, PAPER, BARS = (32, 32, 32), (250, 250, 250), ((58, 110, 165), (210, 120, 60), (90, 150, 90))
@@ -30,11 +32,12 @@ def labels_of(shards: Sequence[Path]) -> np.ndarray:
     return np.concatenate([read_index(shard).samples["f1"] for shard in shards])
 
 
-def contact_sheet(shards: Sequence[Path], classes: Sequence[str]) -> bytes:
+def contact_sheet(shards: Sequence[Path], classes: tuple[str, ...]) -> bytes:
     """PNG of up to 96 images: one of each class where there are as many classes, or several;
     always the same ones for the same shards."""
     indexes = [read_index(shard) for shard in shards]
     labels = np.concatenate([index.samples["f1"] for index in indexes])
+    names = legible(classes, PILLOW_LETTERS, LETTERS)
     starts = np.cumsum([0] + [len(index.samples) for index in indexes])
     sheet = Image.new("RGB", (COLUMNS * CELL, ROWS * (CELL + TEXT)), PAPER)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
@@ -56,7 +59,7 @@ def contact_sheet(shards: Sequence[Path], classes: Sequence[str]) -> bytes:
     for place, (sample, image) in enumerate(zip(chosen, images, strict=True)):
         x, y = place % COLUMNS * CELL, place // COLUMNS * (CELL + TEXT)
         sheet.paste(image, (x + (CELL - image.width) // 2, y + (CELL - image.height) // 2))
-        draw.text((x + 3, y + CELL), _short(classes[labels[sample]]), INK, font=font)
+        draw.text((x + 3, y + CELL), names[labels[sample]], INK, font=font)
     return _png(sheet)
 
 
@@ -89,9 +92,10 @@ def small_sample(shard: Path, index: ShardIndex, number: int) -> np.ndarray:
     return jpeg.decode(data, width // scale, height // scale)
 
 
-def class_histogram(counts: dict[str, np.ndarray], classes: Sequence[str]) -> bytes:
+def class_histogram(counts: dict[str, np.ndarray], classes: tuple[str, ...]) -> bytes:
     """PNG of images a class, one panel a split. counts: int64 [classes] of every split."""
     width, panel, left, under = 1200, 260, 70, 40
+    names = legible(classes, PILLOW_LETTERS, LETTERS)
     picture = Image.new("RGB", (width, len(counts) * panel), PAPER)
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=12)
     for row, (split, count) in enumerate(counts.items()):
@@ -111,13 +115,8 @@ def class_histogram(counts: dict[str, np.ndarray], classes: Sequence[str]) -> by
         draw.text((8, bottom - 10), "0", INK, font=font)
         every = max(1, int(np.ceil(len(count) * 90 / (width - left))))
         for label in range(0, len(count), every):
-            draw.text((left + label * step, bottom + 5), _short(classes[label]), INK, font=font)
+            draw.text((left + label * step, bottom + 5), names[label], INK, font=font)
     return _png(picture)
-
-
-def _short(name: str) -> str:
-    shown = name.encode("latin-1", "replace").decode("latin-1")  # what the built-in font has
-    return shown if len(shown) <= 16 else shown[:15] + "."
 
 
 def _png(image: Image.Image) -> bytes:

@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from data_prep.encode import formats
 from data_prep.shards.beton import write_atomically
 from data_prep.sources.folders import Place, place_groups
-from data_prep.sources.found import Group, Source
+from data_prep.sources.found import HEIF_SUFFIXES, Group, Source
 from data_prep.sources.tars import SourceError
 from resnet_dist.run.paths import DatasetPaths
 
-PLAN_VERSION = 2  # also of the records
+PLAN_VERSION = 3  # also of the records
 ROW = np.dtype([("group", "<i4"), ("container", "<i4"), ("offset", "<i8"), ("size", "<i8"),
                 ("name_at", "<i8"), ("name_len", "<i4"), ("label", "<i4")])
 SHARD_BYTES = 150_000_000  # large enough to stream, small enough to redo and to hold in memory
@@ -104,7 +105,7 @@ class Plan:
     append: bool  # to the data set that `dst` holds already
     classes: tuple[str, ...]
     splits: tuple[PlannedSplit, ...]
-    ignored: int
+    ignored: dict[str, int]  # files that are no images, by suffix
 
     @property
     def work(self) -> WorkPaths:
@@ -139,8 +140,11 @@ def plan_key(identity: dict[str, Any]) -> str:
 def make_plan(source: Source, dst: Path, options: dict[str, Any], identity: dict[str, Any], *,
               split: str | None, val_fraction: float | None, shard_samples: int | None,
               outside: str, known_classes: tuple[str, ...] | None, bytes_an_image: float | None,
-              name: str, taken_splits: tuple[str, ...] = ()) -> Plan:
+              name: str, heif_allowed: int, taken_splits: tuple[str, ...] = ()) -> Plan:
     """Scan the source and write the plan. `identity` is what the shards' bytes depend on.
+
+    Args:
+        heif_allowed: HEIC images that may be rejected where nothing here reads them.
 
     Raises: SourceError where the source is damaged, empty, or holds images of no class.
     """
@@ -148,7 +152,10 @@ def make_plan(source: Source, dst: Path, options: dict[str, Any], identity: dict
     if work.root.exists():
         shutil.rmtree(work.root)
     (work.root / "records").mkdir(parents=True)
-    rows, groups = _scan(source, work)
+    rows, groups, heif = _scan(source, work)
+    if heif > heif_allowed and not formats.reads_heif():
+        raise SourceError(f"SOURCE = {name}: {heif} of its images are HEIC, which needs a library: "
+                          f"`pip install pillow-heif`; or leave them out with max_rejected={heif}")
     if not len(rows):
         raise SourceError(f"SOURCE = {name}: no images found in it")
     above = {str(parent) for folder in [*groups, *source.empty_groups()]
@@ -202,7 +209,7 @@ def make_plan(source: Source, dst: Path, options: dict[str, Any], identity: dict
                 options=options, identity=identity, listing=listing,
                 source_name=Path(name).resolve().name,
                 append=bool(taken_splits), classes=tuple(class_names), splits=tuple(planned),
-                ignored=source.ignored)
+                ignored=dict(sorted(source.ignored.items())))
     tree = asdict(plan) | {"dst": None, "version": PLAN_VERSION}
     write_atomically(work.plan, (json.dumps(tree, indent=1, sort_keys=True) + "\n").encode())
     return plan
@@ -230,16 +237,18 @@ def load_plan(dst: Path) -> Plan | None:
     return Plan(**tree)
 
 
-def _scan(source: Source, work: WorkPaths) -> tuple[np.ndarray, list[Group]]:
-    """Rows in the source's order, on disk as they come, and the groups they belong to."""
+def _scan(source: Source, work: WorkPaths) -> tuple[np.ndarray, list[Group], int]:
+    """Rows in the source's order, on disk as they come, the groups they belong to, and how many
+    are HEIC by their names."""
     groups: dict[Group, int] = {}
     block = np.zeros(4096, ROW)
-    used = name_at = 0
+    used = name_at = heif = 0
     with open(work.root / "rows.bin", "wb") as rows, open(work.names, "wb") as names:
         for found in source.scan():
             name = found.name.encode("utf-8", "surrogateescape")
             block[used] = (groups.setdefault(found.group, len(groups)), found.container,
                            found.offset, found.size, name_at, len(name), -1)
+            heif += found.name[-5:].lower().endswith(HEIF_SUFFIXES)
             names.write(name)
             name_at += len(name)
             used += 1
@@ -247,7 +256,7 @@ def _scan(source: Source, work: WorkPaths) -> tuple[np.ndarray, list[Group]]:
                 rows.write(block.tobytes())
                 used = 0
         rows.write(block[:used].tobytes())
-    return np.fromfile(work.root / "rows.bin", ROW), list(groups)
+    return np.fromfile(work.root / "rows.bin", ROW), list(groups), heif
 
 
 def _class_names(source: Source, known: tuple[str, ...] | None, places: list[Place | None],

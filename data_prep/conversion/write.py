@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,8 @@ import xxhash
 
 from data_prep.conversion.plan import Plan, ShardId
 from data_prep.encode import jpeg
+from data_prep.encode.facts import PLAIN
+from data_prep.encode.facts import count as count_facts
 from data_prep.encode.images import Encoding, encode
 from data_prep.encode.jpeg import JpegError
 from data_prep.shards.beton import Stored, write_atomically
@@ -45,6 +51,7 @@ class Record:
     squares: tuple[int, int, int]
     image_size: tuple[int, int] | None  # (height, width) where all images share one
     rejected: tuple[tuple[str, str], ...]  # (name, reason)
+    facts: dict[str, int]  # see `encode.facts`
 
 
 def encoding_of(plan: Plan) -> Encoding:
@@ -52,7 +59,8 @@ def encoding_of(plan: Plan) -> Encoding:
     return Encoding(image=options["encoding"], raw_fraction=options["raw_fraction"],
                     longer_side=options["longer_side"], shorter_side=options["shorter_side"],
                     quality=options["quality"], keep=options["keep"],
-                    exif=options["exif"], max_pixels=options["max_pixels"])
+                    exif=options["exif"], max_pixels=options["max_pixels"],
+                    white=options["white"])
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,7 @@ class Encoded:
     shard: ShardId
     draft: Draft
     rejected: tuple[tuple[str, str], ...]
+    facts: Counter[str]
     totals: np.ndarray  # int64 [6]: sums and squares
     measured: int
     pixels: int
@@ -84,7 +93,8 @@ def encode_shard(plan: Plan, shard: ShardId, reader: Reader, encoding: Encoding,
     rows, names = plan.shard_rows(shard)
     draft = Draft(plan.shard_path(shard), len(names), disk)
     try:
-        return _encode_into(draft, plan, shard, rows, names, reader, encoding, tick)
+        with _quiet_libraries():
+            return _encode_into(draft, plan, shard, rows, names, reader, encoding, tick)
     except BaseException:
         draft.discard()
         raise
@@ -93,6 +103,7 @@ def encode_shard(plan: Plan, shard: ShardId, reader: Reader, encoding: Encoding,
 def _encode_into(draft: Draft, plan: Plan, shard: ShardId, rows: np.ndarray, names: list[str],
                  reader: Reader, encoding: Encoding, tick: Callable[[str], None]) -> Encoded:
     rejected: list[tuple[str, str]] = []
+    seen: Counter[str] = Counter()
     totals, measured, measured_pixels = np.zeros(6, np.int64), 0, 0
     every = measure_every(plan.split(shard.split).samples)
     sizes: set[tuple[int, int]] = set()
@@ -117,6 +128,8 @@ def _encode_into(draft: Draft, plan: Plan, shard: ShardId, rows: np.ndarray, nam
             rejected.append((name, str(reason)))
             continue
         draft.add(Stored(image.mode, image.width, image.height, image.data, label))
+        if image.facts is not PLAIN:
+            count_facts(image.facts, seen)
         sizes.add((image.height, image.width))
         measured += count > 0
         measured_pixels += count
@@ -125,8 +138,22 @@ def _encode_into(draft: Draft, plan: Plan, shard: ShardId, rows: np.ndarray, nam
                 per_pixel = np.zeros(pixels.shape, np.int64)
             per_pixel += pixels
     one_size = len(sizes) == 1
-    return Encoded(shard, draft, tuple(rejected), totals, measured, measured_pixels,
+    return Encoded(shard, draft, tuple(rejected), seen, totals, measured, measured_pixels,
                    next(iter(sizes)) if one_size else None, per_pixel if one_size else None)
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Pillow warns of every odd tag in millions of files; what matters is counted or refused."""
+    pillow = logging.getLogger("PIL")
+    level = pillow.level
+    pillow.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        pillow.setLevel(level)
 
 
 def save_shard(plan: Plan, made: Encoded) -> Record:
@@ -140,7 +167,8 @@ def save_shard(plan: Plan, made: Encoded) -> Record:
     record = Record(key=plan.key, samples=len(made.draft.samples), bytes=length, sha256=sha,
                     index_xxh3=index, measured=made.measured, pixels=made.pixels,
                     sums=_triple(made.totals[:3]), squares=_triple(made.totals[3:]),
-                    image_size=made.image_size, rejected=made.rejected)
+                    image_size=made.image_size, rejected=made.rejected,
+                    facts=dict(made.facts))
     text = json.dumps(asdict(record), sort_keys=True)
     write_atomically(plan.work.record(shard), text.encode())
     return record

@@ -6,29 +6,26 @@ palettes resolved, CMYK converted, the first frame of several. A JPEG that fits 
 for restart markers and dropped metadata. Same input, same bytes.
 
 Decoding is strict: where libjpeg would warn and fill in pixels of its own, the image is unreadable.
+A JPEG that lacks its end marker, and nothing else, is whole.
 """
 
 from __future__ import annotations
 
 import io
-import struct
-import warnings
-import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import xxhash
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from data_prep.encode import jpeg
+from data_prep.encode import formats, jpeg, reasons
+from data_prep.encode.facts import PLAIN, Facts
+from data_prep.encode.formats import refuse_pixels
 from data_prep.encode.jpeg import Header, JpegError
 from data_prep.shards.beton import MODE_JPEG, MODE_RAW
 from data_prep.sources.found import Unreadable
 
-FORMATS = ("PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM")
 RAW_ROW = 16  # rows of raw pixels that are measured together, as many as most JPEGs' MCUs have
-MAX_SIDE = 65_500  # libjpeg's limit; FFCV keeps 16 bits
-Image.MAX_IMAGE_PIXELS = None  # our own limit is checked before any pixel is decoded
 
 
 @dataclass(frozen=True)
@@ -43,6 +40,7 @@ class Encoding:
     keep: bool
     exif: str  # "apply" or "ignore" the orientation
     max_pixels: int
+    white: int | None = None  # of 16-bit images, the value that becomes 255; None: 65,535
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,7 @@ class Encoded:
     width: int
     height: int
     data: bytes
+    facts: Facts = PLAIN
 
     def pixels(self) -> np.ndarray:
         """uint8 RGB [height, width, 3], as a loader will see it."""
@@ -75,44 +74,57 @@ def encode(raw: bytes | np.ndarray, encoding: Encoding, name: str) -> Encoded:
     as_raw = encoding.image == "raw" or (
         encoding.image == "mixed" and _draw(name) < encoding.raw_fraction)
     try:
-        if isinstance(raw, bytes) and raw[:3] == b"\xff\xd8\xff":
-            header = jpeg.inspect(raw)
-            _refuse_pixels(header.width, header.height, encoding.max_pixels)
-            upright = header.orientation == 1 or encoding.exif == "ignore"
-            size = fitted(header.width, header.height, encoding)
-            fits = size == (header.width, header.height)
-            if encoding.keep and fits and upright and header.is_common and not as_raw:
-                return Encoded(MODE_JPEG, *size, jpeg.with_restarts(raw))
-            if upright and not as_raw and header.components == 3:
-                again = jpeg.reencode(raw, *size, encoding.quality)
-                if again is not None:
-                    return Encoded(MODE_JPEG, *size, again)
-            pixels = _decode_jpeg(raw, header, size)
-            if not upright:
-                pixels = _turned(pixels, header.orientation)
-        elif isinstance(raw, bytes):
-            pixels = _shrunk(_decode_other(raw, encoding), encoding)
-        else:
-            _refuse_pixels(raw.shape[1], raw.shape[0], encoding.max_pixels)
-            pixels = _shrunk(raw, encoding)
-        height, width = pixels.shape[:2]
-        if as_raw:
-            return Encoded(MODE_RAW, width, height, np.ascontiguousarray(pixels).tobytes())
-        return Encoded(MODE_JPEG, width, height, jpeg.encode(pixels, encoding.quality))
+        if isinstance(raw, np.ndarray):
+            refuse_pixels(raw.shape[1], raw.shape[0], encoding.max_pixels)
+            return _stored(_shrunk(raw, encoding), as_raw, encoding, PLAIN)
+        if raw[:3] != b"\xff\xd8\xff":
+            pixels, facts = formats.decode(raw, encoding.max_pixels, encoding.white,
+                                           turn=encoding.exif == "apply")
+            return _stored(_shrunk(pixels, encoding), as_raw, encoding, facts)
+        try:
+            return _of_jpeg(raw, as_raw, encoding)
+        except JpegError:
+            ended = jpeg.with_end(raw)
+            if ended is None:
+                raise
+            made = _of_jpeg(ended, as_raw, encoding)
+            return replace(made, facts=replace(made.facts, unended=True))
     except JpegError as error:
-        raise Unreadable(f"cannot be decoded ({error})") from None
+        assert isinstance(raw, bytes)
+        raise Unreadable(reasons.of_jpeg(raw, str(error))) from None
+
+
+def _of_jpeg(raw: bytes, as_raw: bool, encoding: Encoding) -> Encoded:
+    """Raises: JpegError, Unreadable."""
+    header = jpeg.inspect(raw)
+    refuse_pixels(header.width, header.height, encoding.max_pixels)
+    upright = header.orientation == 1 or encoding.exif == "ignore"
+    facts = PLAIN if upright and not header.several else Facts(
+        turned=not upright, several=header.several)
+    size = fitted(header.width, header.height, encoding)
+    fits = size == (header.width, header.height)
+    if encoding.keep and fits and upright and header.is_common and not as_raw:
+        return Encoded(MODE_JPEG, *size, jpeg.with_restarts(raw), facts)
+    if upright and not as_raw and header.components == 3:
+        again = jpeg.reencode(raw, *size, encoding.quality)
+        if again is not None:
+            return Encoded(MODE_JPEG, *size, again, facts)
+    pixels = _decode_jpeg(raw, header, size)
+    if not upright:
+        pixels = _turned(pixels, header.orientation)
+    return _stored(pixels, as_raw, encoding, facts)
+
+
+def _stored(pixels: np.ndarray, as_raw: bool, encoding: Encoding, facts: Facts) -> Encoded:
+    height, width = pixels.shape[:2]
+    if as_raw:
+        return Encoded(MODE_RAW, width, height, np.ascontiguousarray(pixels).tobytes(), facts)
+    return Encoded(MODE_JPEG, width, height, jpeg.encode(pixels, encoding.quality), facts)
 
 
 def _draw(name: str) -> float:
     """Uniform in [0, 1), a function of the name alone."""
     return xxhash.xxh3_64_intdigest(name.encode("utf-8", "surrogateescape"), seed=1) / 2**64
-
-
-def _refuse_pixels(width: int, height: int, max_pixels: int) -> None:
-    if width * height > max_pixels:
-        raise Unreadable(f"has {width} x {height} pixels, more than max_pixels = {max_pixels}")
-    if max(width, height) > MAX_SIDE:
-        raise Unreadable(f"has {width} x {height} pixels; a side may have {MAX_SIDE}")
 
 
 def fitted(width: int, height: int, encoding: Encoding) -> tuple[int, int]:
@@ -151,42 +163,3 @@ _TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
 
 def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return np.asarray(Image.fromarray(pixels).transpose(_TURNS[orientation]))
-
-
-def _decode_other(data: bytes, encoding: Encoding) -> np.ndarray:
-    """uint8 RGB [height, width, 3] of any other format that Pillow reads. Raises: Unreadable."""
-    if not data:
-        raise Unreadable("is empty")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                _refuse_pixels(*image.size, encoding.max_pixels)
-                image.load()
-                upright = ImageOps.exif_transpose(image) if encoding.exif == "apply" else image
-                return np.asarray(to_rgb(upright))
-    except UnidentifiedImageError:
-        raise Unreadable("is not an image of a known format") from None
-    except (Unreadable, MemoryError):
-        raise
-    except (OSError, ValueError, SyntaxError, struct.error, EOFError, IndexError, KeyError,
-            TypeError, AttributeError, OverflowError, zlib.error, RuntimeError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise Unreadable(f"cannot be decoded ({reason[:200]})") from None
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB as a person would see it. Pillow's own `convert` clips 16-bit values to white and
-    uncovers what transparency hides; both are handled here."""
-    if image.mode.startswith("I;16") or image.mode == "I":
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 0xFFFF:
-            raise Unreadable("has 32-bit pixels of an unknown range")
-        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise Unreadable("has floating-point pixels of an unknown range")
-    if image.has_transparency_data:
-        visible = image.convert("RGBA")
-        paper = Image.new("RGBA", visible.size, (255, 255, 255, 255))
-        return Image.alpha_composite(paper, visible).convert("RGB")
-    return image.convert("RGB")

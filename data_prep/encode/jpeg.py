@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import importlib.machinery
+import re
+from collections.abc import Iterator
 from ctypes import POINTER, byref, c_char, c_int, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +19,8 @@ from PIL import Image
 
 ORIENTATION_TAG = 0x0112
 _MESSAGE = 256
+_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL)  # stuffing and restarts are none
+_END = 0xD9
 _NOT_PLAIN = -2  # kNotPlain of native/strict.h
 
 
@@ -28,7 +32,7 @@ class _Info(ctypes.Structure):
     _fields_ = [("width", c_int32), ("height", c_int32), ("components", c_int32),
                 ("precision", c_int32), ("sof", c_int32), ("transform", c_int32),
                 ("h", c_int32 * 4), ("v", c_int32 * 4), ("scans_all", c_int32),
-                ("exif_at", c_int64), ("exif_size", c_int64)]
+                ("exif_at", c_int64), ("exif_size", c_int64), ("several", c_int32)]
 
 
 @cache
@@ -63,6 +67,7 @@ class Header:
     process: int  # low byte of the SOF marker: 0xC0 baseline, 0xC2 progressive, ...
     sampling: tuple[tuple[int, int], ...]  # (horizontal, vertical) of every component
     orientation: int  # EXIF, 1: upright
+    several: bool  # more pictures follow this one (MPO)
 
     @property
     def is_common(self) -> bool:
@@ -85,7 +90,8 @@ def inspect(data: bytes) -> Header:
     return Header(width=info.width, height=info.height, components=info.components,
                   precision=info.precision, process=info.sof,
                   sampling=tuple(zip(info.h, info.v, strict=True))[:info.components],
-                  orientation=_orientation(data[info.exif_at:info.exif_at + info.exif_size]))
+                  orientation=_orientation(data[info.exif_at:info.exif_at + info.exif_size]),
+                  several=bool(info.several))
 
 
 def _orientation(exif: bytes) -> int:
@@ -98,6 +104,54 @@ def _orientation(exif: bytes) -> int:
     except Exception:  # damaged EXIF is as good as none: Pillow raises anything here
         return 1
     return value if value in range(1, 9) else 1
+
+
+def has_end(data: bytes) -> bool:
+    """Whether an end marker stands where the decoder would look for it."""
+    return any(marker == _END for marker, _ in _segments(data))
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Markers and what they hold, without entropy-coded data, up to the end or a damage."""
+    at = 2
+    while (match := _MARKER.search(data, at)) is not None:
+        marker, at = match[1][0], match.end()
+        if marker == _END:
+            yield marker, b""
+            return
+        if marker in (0x01, 0xD8):
+            continue
+        length = int.from_bytes(data[at:at + 2], "big")
+        if length < 2 or at + length > len(data):
+            return
+        yield marker, data[at + 2:at + length]
+        at += length
+
+
+def with_end(data: bytes) -> bytes | None:
+    """`data` with the end marker that it lacks; None where it has one, or where its scans leave out
+    a bit of any coefficient, as a progressive file does that was cut between two of them.
+
+    That the last scan is whole, too, is for the strict decoder to say of what is returned: it asks
+    for all bits that the image's blocks need, and fails without. Zeros in place of a lost end could
+    pass for blocks, so a file that ends in them is not mended.
+    """
+    lowest: dict[int, list[int]] = {}  # bit that was sent, of every component and coefficient
+    try:
+        for marker, body in _segments(data):
+            if marker == _END:
+                return None
+            if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+                lowest = {body[6 + 3 * c]: [16] * 64 for c in range(body[5])}
+            elif marker == 0xDA:
+                first, last, bits = body[1 + 2 * body[0]:4 + 2 * body[0]]
+                for component in body[1:1 + 2 * body[0]:2]:
+                    lowest[component][first:last + 1] = [bits & 15] * (last + 1 - first)
+    except (IndexError, KeyError, ValueError):
+        return None
+    if not lowest or any(map(any, lowest.values())) or data.endswith(bytes(8)):
+        return None
+    return data.removesuffix(b"\xff") + b"\xff\xd9"
 
 
 def _take(pointer: c_void_p, size: int) -> bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from data_prep.sources.found import (
     refuse_size,
     split_in_name,
     split_names,
+    suffix_of,
 )
 from data_prep.sources.tars import SourceError
 
@@ -72,7 +74,7 @@ class TarFolders:
 
     def __init__(self, paths: list[Path], class_from_name: bool = False) -> None:
         self.paths = paths
-        self.ignored = 0
+        self.ignored: Counter[str] = Counter()
         self.reader: dict[str, Any] = {"reader": "spans",
                                        "containers": [str(path.resolve()) for path in paths]}
         self._class_from_name = class_from_name
@@ -93,7 +95,7 @@ class TarFolders:
                         self._seen.add(folder)
                         yield Found(folder, name, container, member.offset, member.size)
                     elif member.kind != "directory":
-                        self.ignored += 1
+                        self.ignored[suffix_of(name)] += 1
             finally:
                 data.close()
 
@@ -118,7 +120,7 @@ class Ilsvrc:
 
     def __init__(self, paths: list[Path]) -> None:
         self.paths = paths
-        self.ignored = 0
+        self.ignored: Counter[str] = Counter()
         self.reader: dict[str, Any] = {"reader": "spans",
                                        "containers": [str(path.resolve()) for path in paths]}
 
@@ -134,7 +136,8 @@ class Ilsvrc:
         try:
             for outer in tars.members(data):
                 if outer.kind != "file" or not outer.name.endswith(".tar"):
-                    self.ignored += outer.kind != "directory"
+                    if outer.kind != "directory":
+                        self.ignored[suffix_of(outer.name)] += 1
                     continue
                 wnid = outer.name.rpartition("/")[2].removesuffix(".tar")
                 end = outer.offset + outer.size
@@ -142,8 +145,8 @@ class Ilsvrc:
                     if member.kind == "file" and is_image_name(member.name):
                         yield Found(("train", wnid), f"{outer.name}/{member.name}", container,
                                     member.offset, member.size)
-                    else:
-                        self.ignored += member.kind != "directory"
+                    elif member.kind != "directory":
+                        self.ignored[suffix_of(member.name)] += 1
         finally:
             data.close()
 
@@ -154,7 +157,8 @@ class Ilsvrc:
             for member in tars.members(data):
                 match = VAL_NAME.fullmatch(member.name.rpartition("/")[2])
                 if member.kind != "file" or not match:
-                    self.ignored += member.kind != "directory"
+                    if member.kind != "directory":
+                        self.ignored[suffix_of(member.name)] += 1
                     continue
                 number = int(match[1])
                 if not 1 <= number <= len(labels):
@@ -238,7 +242,7 @@ class WebDataset:
 
     def __init__(self, paths: list[Path]) -> None:
         self.paths = paths
-        self.ignored = 0
+        self.ignored: Counter[str] = Counter()
         self.classes: tuple[str, ...] | None = None
         self.reader: dict[str, Any] = {"reader": "spans",
                                        "containers": [str(path.resolve()) for path in paths]}
@@ -269,7 +273,8 @@ class WebDataset:
         try:
             for member in tars.members(data):
                 if member.kind != "file" or not member.name:
-                    self.ignored += member.kind == "other"
+                    if member.kind == "other":
+                        self.ignored[suffix_of(member.name)] += 1
                     continue
                 folder, _, leaf = member.name.rpartition("/")
                 stem, _, ending = leaf.partition(".")

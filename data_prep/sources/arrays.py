@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.sources import tars
-from data_prep.sources.found import Found, file_fingerprint
+from data_prep.sources.found import Found, file_fingerprint, suffix_of
 from data_prep.sources.tars import SourceError
 
 DIGIT_SIDE = 32
@@ -33,7 +34,7 @@ class Digits:
     default_val_fraction: float | None = 0.2
 
     def __init__(self) -> None:
-        self.ignored = 0
+        self.ignored: Counter[str] = Counter()
         self.reader: dict[str, Any] = {"reader": "digits"}
 
     def scan(self) -> Iterator[Found]:
@@ -89,7 +90,7 @@ class Cifar:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.ignored = 0
+        self.ignored: Counter[str] = Counter()
         self.classes: tuple[str, ...] | None = None
         # Filled by the scan: [file, offset, size, bytes before pixels] of every batch.
         self.reader: dict[str, Any] = {"reader": "cifar", "batches": []}
@@ -129,7 +130,7 @@ class Cifar:
                 names[name] = data.read_at(offset, size)
                 data.close()
             else:
-                self.ignored += 1
+                self.ignored[suffix_of(name)] += 1
         order = {name: index for index, name in enumerate(CIFAR_FILES)}
         batches.sort(key=lambda batch: order[batch[0]])
         chosen = next(((name, names[name]) for name in CIFAR_NAMES if name in names), None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from data_prep.sources.found import (
     Unreadable,
     refuse_size,
     split_names,
+    suffix_of,
 )
 from data_prep.sources.parquet import ParquetFiles, ParquetReader
 from data_prep.sources.tars import SourceError, is_tar_name
@@ -42,7 +44,7 @@ class Tree:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.ignored = 0
+        self.ignored: Counter[str] = Counter()
         self.reader: dict[str, Any] = {"reader": "files", "containers": [str(root.resolve())]}
         self._empty: list[str] = []
 
@@ -50,7 +52,7 @@ class Tree:
         for name, entries in _walk(self.root):
             images = [entry for entry in entries if Path(entry).suffix.lower() in IMAGE_SUFFIXES
                       and not entry.startswith(".")]
-            self.ignored += len(entries) - len(images)
+            self.ignored.update(map(suffix_of, set(entries).difference(images)))
             if not images and name:
                 self._empty.append(name)
             for entry in images:

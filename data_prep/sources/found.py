@@ -8,6 +8,7 @@ which any worker can read it without reading the others. What a worker needs for
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -15,7 +16,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".dib",
-                            ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"})
+                            ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
+                            ".avif", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".heic",
+                            ".heif", ".hif"})
+HEIF_SUFFIXES = (".heic", ".heif", ".hif")
 TRAIN_NAMES = ("train", "training")
 HELD_OUT_NAMES = ("val", "valid", "validation", "test")  # the first that exists is the val split
 Group = str | tuple[str, str]  # a folder's name, or (split, class) where both are known
@@ -45,8 +49,8 @@ class Source(Protocol):
     @property
     def default_val_fraction(self) -> float | None: ...
     @property
-    def ignored(self) -> int:
-        """Files seen by the scan that are no images, by name."""
+    def ignored(self) -> Counter[str]:
+        """Files seen by the scan that are no images by their names: how many, by `suffix_of`."""
         ...
     @property
     def reader(self) -> dict[str, Any]:
@@ -90,6 +94,11 @@ def is_image_name(name: str) -> bool:
     folder, _, leaf = name.rpartition("/")
     return (bool(name) and not leaf.startswith(".") and not folder.startswith("__MACOSX")
             and os.path.splitext(leaf)[1].lower() in IMAGE_SUFFIXES)
+
+
+def suffix_of(name: str) -> str:
+    """The ending by which a file that is skipped is counted."""
+    return os.path.splitext(name)[1].lower() or "no suffix"
 
 
 def refuse_size(size: int, limit: int) -> None:

@@ -7,6 +7,7 @@ whose names may stand in the metadata that Hugging Face's `datasets` writes, or 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ class ParquetFiles:
 
     def __init__(self, paths: list[Path]) -> None:
         self.paths = paths
-        self.ignored = 0
+        self.ignored: Counter[str] = Counter()
         self.classes: tuple[str, ...] | None = None
         self.reader: dict[str, Any] = {"reader": "parquet", "column": "", "struct": False,
                                        "containers": [str(path.resolve()) for path in paths]}

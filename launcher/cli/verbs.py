@@ -40,6 +40,7 @@ def convert(
     """
     import logging
 
+    from data_prep.conversion.account import account
     from data_prep.convert import convert, parse_convert_overrides
     from data_prep.slurm import convert_slurm
 
@@ -56,6 +57,8 @@ def convert(
         return
     counts = ", ".join(f"{split.samples:,} {name}" for name, split in manifest.splits.items())
     console.print(f"[green]done[/]  {dst}: {counts} images in {manifest.num_classes} classes")
+    for line in account(manifest):
+        console.print(f"      {line}", markup=False, highlight=False, soft_wrap=True)
 
 
 @verb()

@@ -7,6 +7,7 @@ confusion matrix, calibration. Nothing here depends on how many ranks or batches
 from __future__ import annotations
 
 import json
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from resnet_dist.data.shards.manifest import legible
+
+log = logging.getLogger(__name__)
 CALIBRATION_BINS = 15  # Guo et al. 2017, sec. 5
 
 
@@ -65,15 +69,22 @@ def wilson(hits: int, samples: int, level: float = 0.95) -> tuple[float, float]:
 
 
 def confusion(outcomes: Outcomes, classes: int) -> np.ndarray:
-    """int64 [classes, classes]: samples of class (row) that were taken for class (column)."""
-    pairs = outcomes.labels * classes + outcomes.predicted
-    return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
+    """int64 [pairs, 3]: label, predicted class and how many samples, of every pair that occurs, in
+    order. The whole matrix of ImageNet-21K would take 3.8 GB, and nearly all of it is zero."""
+    pairs, counts = np.unique(outcomes.labels * classes + outcomes.predicted, return_counts=True)
+    return np.stack([pairs // classes, pairs % classes, counts], axis=1)
 
 
-def class_accuracy(matrix: np.ndarray) -> np.ndarray:
+def class_samples(outcomes: Outcomes, classes: int) -> np.ndarray:
+    """int64 [classes]."""
+    return np.bincount(outcomes.labels, minlength=classes)
+
+
+def class_accuracy(outcomes: Outcomes, classes: int) -> np.ndarray:
     """Percent [classes]; NaN for a class without samples."""
-    samples = matrix.sum(1)
-    return np.where(samples > 0, 100 * matrix.diagonal() / np.maximum(samples, 1), np.nan)
+    samples = class_samples(outcomes, classes)
+    right = np.bincount(outcomes.labels[outcomes.predicted == outcomes.labels], minlength=classes)
+    return np.where(samples > 0, 100 * right / np.maximum(samples, 1), np.nan)
 
 
 @dataclass(frozen=True)
@@ -114,19 +125,18 @@ def write_report(folder: Path, outcomes: Outcomes, classes: tuple[str, ...],
 
     `about` says what was evaluated and stands first in the JSON file, which is written last.
     """
-    matrix, calibrated = confusion(outcomes, len(classes)), calibration(outcomes)
-    accuracy = class_accuracy(matrix)
+    calibrated, accuracy = calibration(outcomes), class_accuracy(outcomes, len(classes))
+    samples = class_samples(outcomes, len(classes))
     result = {**about, **summary(outcomes), "ece": 100 * calibrated.ece}
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in drawn.items():
         figure.savefig(folder / f"{name}.png", dpi=110)
     record = {
         **result,
-        "classes": [{"name": name, "samples": int(matrix[i].sum()), "top1": _plain(accuracy[i])}
+        "classes": [{"name": name, "samples": int(samples[i]), "top1": _plain(accuracy[i])}
                     for i, name in enumerate(classes)],
         "confusion": {"columns": ["label", "predicted", "samples"],
-                      "rows": [[int(i), int(j), int(matrix[i, j])]
-                               for i, j in np.argwhere(matrix > 0)]},
+                      "rows": confusion(outcomes, len(classes)).tolist()},
         "calibration": {
             "ece": 100 * calibrated.ece, "largest_gap": 100 * calibrated.largest_gap,
             "bins": [{"from": float(low), "to": float(high), "samples": int(count),
@@ -134,7 +144,9 @@ def write_report(folder: Path, outcomes: Outcomes, classes: tuple[str, ...],
                      for low, high, count, sure, right in zip(
                          calibrated.edges[:-1], calibrated.edges[1:], calibrated.counts,
                          calibrated.confidence, calibrated.accuracy, strict=True)]}}
-    (folder / "result.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    indent = 1 if len(classes) <= _DRAWN_CLASSES else None  # indented, a pair takes four lines
+    text = json.dumps(record, indent=indent) + "\n"
+    (folder / "result.json").write_text(text, encoding="utf-8")
     return result
 
 
@@ -148,11 +160,26 @@ def log_report(board: Any, tag: str, step: int, result: dict[str, Any],
 
 
 def figures(outcomes: Outcomes, classes: tuple[str, ...]) -> dict[str, Any]:
-    """matplotlib Figures by name."""
-    matrix = confusion(outcomes, len(classes))
-    return {"confusion": plot_confusion(matrix, classes),
-            "reliability": plot_reliability(calibration(outcomes)),
-            "classes": plot_classes(class_accuracy(matrix), classes)}
+    """matplotlib Figures by name; no confusion matrix of more classes than fit a picture."""
+    shown, count = _plotted(classes), len(classes)
+    drawn = {"reliability": plot_reliability(calibration(outcomes)),
+             "classes": plot_classes(class_accuracy(outcomes, count), shown)}
+    if count > _DRAWN_CLASSES:
+        log.info("no picture of the confusion: %s classes do not fit one; `resnet-dist eval` "
+                 "writes the pairs to result.json", f"{count:,}")
+        return drawn
+    return {"confusion": plot_confusion(confusion(outcomes, count), shown)} | drawn
+
+
+def _plotted(classes: tuple[str, ...]) -> tuple[str, ...]:
+    """Names as matplotlib draws them letter by letter, without a warning for each it has not."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    fonts = [get_font(findfont(FontProperties(family=[family])))  # type: ignore[arg-type]
+             for family in _FAMILIES]
+    has = frozenset(fonts[0].get_charmap()).intersection(*(font.get_charmap() for font in fonts))
+    # A dollar begins a formula, unless it is escaped.
+    return tuple(name.replace("$", r"\$") for name in legible(classes, has, _NAME_LETTERS))
 
 
 def _figure(width: float, height: float) -> Any:
@@ -162,9 +189,12 @@ def _figure(width: float, height: float) -> Any:
 
 
 _NAMED_CLASSES = 40  # with more, names and numbers no longer fit a picture
+_DRAWN_CLASSES = 2000  # with more, a cell of the confusion matrix is a fraction of a pixel
+_NAME_LETTERS = 32  # of a class, so that the picture is not all names
+_FAMILIES = ("DejaVu Sans", "DejaVu Sans Mono")  # matplotlib brings both
 
 
-def plot_confusion(matrix: np.ndarray, classes: tuple[str, ...]) -> Any:
+def plot_confusion(pairs: np.ndarray, classes: tuple[str, ...]) -> Any:
     """Rows are labels in percent of their samples; with few classes each cell says its count."""
     from matplotlib.colors import LogNorm
 
@@ -172,6 +202,8 @@ def plot_confusion(matrix: np.ndarray, classes: tuple[str, ...]) -> Any:
     side = min(max(4.5, 0.42 * count + 1.5), 9.0)
     figure = _figure(side + 1, side)
     axes = figure.subplots()
+    matrix = np.zeros((count, count), np.int64)
+    matrix[pairs[:, 0], pairs[:, 1]] = pairs[:, 2]
     percent = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     # Most cells are empty or tiny; a linear scale would show the diagonal alone.
     image = axes.imshow(np.maximum(percent, 0.1), cmap="Blues", norm=LogNorm(0.1, 100),
@@ -181,8 +213,8 @@ def plot_confusion(matrix: np.ndarray, classes: tuple[str, ...]) -> Any:
         axes.set_xticks(range(count), classes, rotation=90)
         axes.set_yticks(range(count), classes)
         if count <= 20:
-            for row, column in np.argwhere(matrix > 0):
-                axes.text(column, row, f"{matrix[row, column]}", ha="center", va="center",
+            for row, column, samples in pairs:
+                axes.text(column, row, f"{samples}", ha="center", va="center",
                           fontsize=7, color="white" if percent[row, column] > 10 else "black")
     figure.colorbar(image, ax=axes, label="percent of the label's samples (0.1: or fewer)")
     return figure

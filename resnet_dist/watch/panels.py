@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from resnet_dist.config.schema import Config
 from resnet_dist.data.loader import Batch
-from resnet_dist.data.shards.manifest import Manifest
+from resnet_dist.data.shards.manifest import PILLOW_LETTERS, Manifest, legible
 from resnet_dist.data.shards.reader import ShardReader
 from resnet_dist.engine.core import Engine, Mix
 from resnet_dist.evaluate.judge import Outcomes, calibration, figures
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 IMAGES = 32  # of a training batch, at most one bn_batch; and through which responses are measured
 MISTAKES = 20
+NAME_LETTERS = 64  # of a class; the sheet has room for fewer
 
 
 class Panels:
@@ -44,6 +45,7 @@ class Panels:
 
     def __init__(self, metrics: Metrics, config: Config, manifest: Manifest) -> None:
         self._metrics, self._config, self._classes = metrics, config, manifest.classes
+        self._captions = legible(manifest.classes, PILLOW_LETTERS, NAME_LETTERS)
         self._every = config.log.panels_every_steps
         self._failed = False
 
@@ -62,7 +64,7 @@ class Panels:
     def training(self, step: int, batch: Batch, mix: Mix | None, engine: Engine) -> None:
         """Images as the network saw them in this step, and its BatchNorms and weights after it."""
         with self._safely(step):
-            images, captions = seen_images(batch, mix, engine, self._classes)
+            images, captions = seen_images(batch, mix, engine, self._captions)
             self._metrics.picture("train/images", step, contact_sheet(images, captions))
             statistics = batch_norm_statistics(engine.module)
             for name, layers in statistics.items():
@@ -100,9 +102,9 @@ class Panels:
         with ShardReader(config.data.path, config.eval.split) as reader:
             pictures = [picture(reader, int(outcomes.sample_ids[i]), CELL, check=True)
                         for i in wrong]
-        captions = [(f"is {self._classes[outcomes.labels[i]]}",
+        captions = [(f"is {self._captions[outcomes.labels[i]]}",
                      f"{100 * outcomes.confidences[i]:.0f}% "
-                     f"{self._classes[outcomes.predicted[i]]}") for i in wrong]
+                     f"{self._captions[outcomes.predicted[i]]}") for i in wrong]
         return contact_sheet(pictures, captions, columns=5)
 
     @contextmanager

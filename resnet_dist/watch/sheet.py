@@ -20,7 +20,7 @@ def contact_sheet(pictures: Sequence[np.ndarray], captions: Sequence[Sequence[st
 
     Args:
         pictures: uint8 RGB [h, w, 3] each, of any size.
-        captions: the lines under each of them.
+        captions: the lines under each of them, in `PILLOW_LETTERS`.
     """
     lines = max((len(caption) for caption in captions), default=0)
     tall = CELL + LINE * lines + 3
@@ -55,5 +55,4 @@ def _fitted(picture: Image.Image, side: int) -> Image.Image:
 
 
 def _short(text: str) -> str:
-    shown = text.encode("latin-1", "replace").decode("latin-1")  # what the built-in font has
-    return shown if len(shown) <= _LETTERS else shown[:_LETTERS - 1] + "."
+    return text if len(text) <= _LETTERS else text[:_LETTERS - 1] + "."

@@ -6,6 +6,7 @@ struct JpegInfo {
   int32_t width, height, components, precision, sof, transform;  // Adobe transform, -1: none
   int32_t h[4], v[4], scans_all;  // scans_all: the first scan holds every component
   int64_t exif_at, exif_size;
+  int32_t several;  // CIPA DC-007: this is the first picture of several
 };
 
 // Reads the markers up to the first scan. Returns 0 or kFailed.
@@ -47,6 +48,8 @@ API int dp_inspect(const uint8_t* data, int64_t size, JpegInfo* info, char* mess
     } else if (marker == 0xE1 && length > 8 && !memcmp(body, "Exif\0\0", 6) && !info->exif_at) {
       info->exif_at = at + 2;
       info->exif_size = length - 2;
+    } else if (marker == 0xE2 && length > 5 && !memcmp(body, "MPF\0", 4)) {
+      info->several = 1;
     } else if (marker == 0xEE && length >= 14 && !memcmp(body, "Adobe", 5)) {
       info->transform = body[11];
     } else if (marker == 0xDA) {

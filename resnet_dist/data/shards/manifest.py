@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -129,3 +130,16 @@ def check_dataset(config: Config) -> Manifest:
                 raise ConfigError(f"data.path = {config.data.path}: {shard.file} is {found}, "
                                   f"expected {shard.bytes:,} bytes; copy it again or convert again")
     return manifest
+
+
+def legible(classes: tuple[str, ...], has: Container[int], letters: int) -> tuple[str, ...]:
+    """Class names for a picture whose font `has` these code points, at most `letters` of each: one
+    with other letters (another script, control characters, bytes that are no text) is shown by its
+    number, `class 7`, not as boxes that all look alike."""
+    return tuple((name if len(name) <= letters else f"{name[:letters - 1]}.")
+                 if name.isprintable() and all(ord(letter) in has for letter in name)
+                 else f"class {label}" for label, name in enumerate(classes))
+
+
+# What the font that Pillow brings with it can draw.
+PILLOW_LETTERS = frozenset(range(32, 127)) | frozenset(range(161, 256))

@@ -21,7 +21,7 @@ from resnet_dist.config.load import (
 from resnet_dist.config.schema import Config, ConfigError
 from resnet_dist.data.augmentation.mix import draw, mixer
 from resnet_dist.data.loader import Batch
-from resnet_dist.data.shards.manifest import load_manifest
+from resnet_dist.data.shards.manifest import PILLOW_LETTERS, legible, load_manifest
 from resnet_dist.engine.clock import Clock
 from resnet_dist.engine.core import Engine
 from resnet_dist.engine.ddp import make_engine
@@ -231,3 +231,8 @@ def test_a_range_that_cannot_be_profiled_is_refused(value: str) -> None:
     tree = config_to_dict(configured(steps=100))
     with pytest.raises(ConfigError, match="profile"):
         config_from_dict({**tree, "profile": value})
+
+
+def test_a_caption_is_a_name_that_the_font_has_or_the_number_of_the_class() -> None:
+    assert legible(("Käfer", "猫", "犬", "tab\t", "long" * 9), PILLOW_LETTERS, 8) == (
+        "Käfer", "class 1", "class 2", "class 3", "longlon.")
