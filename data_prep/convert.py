@@ -11,27 +11,33 @@ import fcntl
 import json
 import logging
 import os
+import re
 import shutil
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import PIL
+import xxhash
 
 from data_prep.conversion.finish import finish
 from data_prep.conversion.plan import Plan, ShardId, WorkPaths, load_plan, make_plan
 from data_prep.conversion.pool import ConvertError, run_shards
 from data_prep.conversion.progress import Ticker
+from data_prep.conversion.shown import shown
 from data_prep.conversion.write import convert_shard, encoding_of, read_record
 from data_prep.encode import jpeg
 from data_prep.options import ENCODING, FREE, ConvertConfig, parse_convert_overrides, validate
 from data_prep.sources.arrays import CIFAR_PIXELS
+from data_prep.sources.classes import ClassList, read_classes
 from data_prep.sources.folders import open_reader, open_source
-from data_prep.sources.found import Source
-from data_prep.sources.tars import SourceError
+from data_prep.sources.found import Source, SourceError
+from data_prep.sources.labels import read_labels
+from data_prep.sources.readings import Said
 from resnet_dist.config.schema import ConfigError
 from resnet_dist.data.shards.manifest import Manifest, load_manifest
 from resnet_dist.run.paths import DatasetPaths
@@ -45,8 +51,12 @@ ENCODER = "2"
 IMAGES_A_WORKER = 256  # less work than this is done before another process has started
 
 
-def convert(source: str, dst: Path, config: ConvertConfig, progress: bool = False) -> Manifest:
+def convert(source: str, dst: Path, config: ConvertConfig, progress: bool = False,
+            tell: Callable[[dict[str, Any]], None] | None = None) -> Manifest:
     """Convert `source` into the data set directory `dst`, or finish an interrupted conversion.
+
+    Args:
+        tell: shown the plan, as `shown.shown` tells it, before the first image is converted.
 
     Raises: ConfigError where the source, the options or `dst` are at fault; ConvertError where a
     worker failed or more images than `max_rejected` are unusable.
@@ -58,19 +68,25 @@ def convert(source: str, dst: Path, config: ConvertConfig, progress: bool = Fals
         return done
     with only_one(dst):
         plan = prepare(opened, source, dst, config)
+        if tell is not None:
+            tell(shown(plan))
         run(plan, config.workers, progress)
         return finish(plan, name_of(dst, config), config.max_rejected)
 
 
-def opened_for(source: str, dst: Path, config: ConvertConfig) -> tuple[Source, Manifest | None]:
-    """The source, and the manifest where there is nothing left to do; makes `dst`."""
+def opened_for(source: str, dst: Path, config: ConvertConfig, make: bool = True
+               ) -> tuple[Source, Manifest | None]:
+    """The source, and the manifest where there is nothing left to do; else makes `dst`."""
     validate(config)
+    if Path(source).is_dir() and dst.resolve().is_relative_to(Path(source).resolve()):
+        raise ConfigError(f"DST = {dst}: lies inside SOURCE = {source} and would be a class of it "
+                          "the next time; name a directory outside")
     try:
-        opened = open_source(source)
+        opened = open_source(source, config.take)
     except SourceError as error:
         raise ConfigError(str(error)) from None
     done = _already_there(opened, source, dst, config)
-    if done is None:
+    if done is None and make:
         dst.mkdir(parents=True, exist_ok=True)
     return opened, done
 
@@ -79,36 +95,61 @@ def name_of(dst: Path, config: ConvertConfig) -> str:
     return config.name or dst.resolve().name
 
 
-def prepare(opened: Source, source: str, dst: Path, config: ConvertConfig) -> Plan:
-    """The plan in `dst` where it belongs to this very conversion, else a new one."""
-    base = load_manifest(dst) if config.append else None
+def prepare(opened: Source, source: str, dst: Path, config: ConvertConfig,
+            base: Manifest | None = None) -> Plan:
+    """The plan in `dst` where it belongs to this very conversion, else a new one.
+
+    Args:
+        base: of the data set to append to, where it is not in `dst`.
+
+    Raises: ConfigError where the source has two readings, or makes no sense to learn from.
+    """
+    base = load_manifest(dst) if config.append and base is None else base
     if base is not None:
         config = _with_encoding_of(base, config)
     options = asdict(config) | {key: None for key in FREE}
     options["encoding"] = _image_encoding(opened, config)
-    known = base.classes if base else _listed_classes(config)
-    identity = json.loads(json.dumps({
-        "options": options, "source": opened.fingerprint(), "kind": opened.kind,
-        "classes": known, "codec": codec_versions()}))
-    plan = load_plan(dst)
-    if plan is not None:
-        if plan.identity == identity:
-            return plan
-        log.warning("%s: the unfinished conversion in it was of another source or other options; "
-                    "starting anew", dst)
-        _remove_shards(plan, keep=set(base.splits) if base else set())
-    raw_pixels = opened.pixels and options["encoding"] == "raw"
     try:
-        plan = make_plan(opened, dst, options, identity, split=config.split,
-                         val_fraction=config.val_fraction, shard_samples=config.shard_samples,
-                         outside=config.outside, known_classes=known,
+        known = read_classes(Path(config.classes)) if config.classes else None
+        if base is not None:
+            known = ClassList(base.classes, known.also if known else {})
+        labels = read_labels(Path(config.labels), path_column=config.labels_path,
+                             label_column=config.labels_label,
+                             split_column=config.labels_split).rows if config.labels else None
+        identity = json.loads(json.dumps({
+            "options": options, "source": opened.fingerprint(), "kind": opened.kind,
+            "classes": [known.names, known.also] if known else None, "codec": codec_versions(),
+            "labels": xxhash.xxh3_128_hexdigest(repr(labels).encode()) if labels else None}))
+        plan = load_plan(dst)
+        if plan is not None:
+            if plan.identity == identity:
+                return plan
+            log.warning("%s: the unfinished conversion in it was of another source or other "
+                        "options; starting anew", dst)
+            _remove_shards(plan, keep=set(base.splits) if base else set())
+        said = Said(split=config.split, splits=config.splits, class_depth=config.class_depth,
+                    label_from=re.compile(config.label_from) if config.label_from else None,
+                    labels=labels, outside=config.outside)
+        raw_pixels = opened.pixels and options["encoding"] == "raw"
+        return make_plan(opened, dst, options, identity, said=said, known_classes=known,
                          bytes_an_image=float(CIFAR_PIXELS) if raw_pixels else None, name=source,
                          heif_allowed=config.max_rejected,
                          taken_splits=tuple(base.splits) if base else ())
     except SourceError as error:
         shutil.rmtree(WorkPaths.of(dst).root, ignore_errors=True)
         raise ConfigError(str(error)) from None
-    return plan
+
+
+def planned(source: str, dst: Path, config: ConvertConfig) -> dict[str, Any]:
+    """What `convert` would do, as `shown.shown` tells it; nothing is left on disk.
+
+    Raises: ConfigError as `convert` does.
+    """
+    opened, done = opened_for(source, dst, config, make=False)
+    base = load_manifest(dst) if config.append else None
+    with tempfile.TemporaryDirectory(prefix="resnet-dist-plan-") as folder:
+        plan = prepare(opened, source, Path(folder), config, base)
+        return shown(plan) | {"already_converted": done is not None}
 
 
 def codec_versions() -> dict[str, str | None]:
@@ -173,19 +214,6 @@ def _image_encoding(opened: Source, config: ConvertConfig) -> str:
     if config.encoding != "auto":
         return config.encoding
     return "raw" if opened.pixels else "jpeg"
-
-
-def _listed_classes(config: ConvertConfig) -> tuple[str, ...] | None:
-    if config.classes is None:
-        return None
-    try:
-        lines = Path(config.classes).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"classes = {config.classes}: cannot be read ({error})") from None
-    names = tuple(line.strip() for line in lines if line.strip())
-    if not names or len(set(names)) != len(names):
-        raise ConfigError(f"classes = {config.classes}: write every class name once, a line each")
-    return names
 
 
 def _with_encoding_of(base: Manifest, config: ConvertConfig) -> ConvertConfig:

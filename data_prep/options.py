@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -37,8 +38,21 @@ class ConvertConfig:
     split: str | None = None  # name of the split, where the source has none of its own
     val_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None  # of a source without val
     append: bool = False  # add the source's splits to the finished data set in DST
-    classes: str | None = None  # text file of class names, a line each, in the order of labels
+    # How the source is to be read, where it does not tell by itself; docs/data.md.
+    labels: str | None = None  # file with the images' labels
+    labels_path: str | None = None  # its columns, where their names do not tell
+    labels_label: str | None = None
+    labels_split: str | None = None
+    label_from: str | None = None  # regular expression on an image's path with a group `label`
+    splits: dict[str, str] | Literal["none"] | None = None  # {train: DIR}; none: all are classes
+    class_depth: Annotated[int, Field(ge=1, le=8)] | None = None  # folders that name a class
+    take: Literal["folders", "archives"] | None = None  # of a directory that holds both
+    classes: str | None = None  # file of class names in the order of labels; FOLDER<TAB>CLASS
+    order: Literal["name", "natural", "file"] | None = None  # None: numbers by value, else name
     outside: Literal["refuse", "ignore"] = "refuse"  # images that lie in no class folder
+    # What makes no sense to learn from, and is wanted all the same.
+    accept: tuple[Literal["one_class", "few_images", "odd_names", "unequal_classes",
+                          "empty_classes"], ...] = ()
     shard_samples: Count | None = None  # None: shards of about 150 MB, at least 4
     workers: Count | None = None  # processes; None: the cores there are, fewer for little work
     max_rejected: Natural = 0  # bad images to accept; they are listed in rejected.jsonl
@@ -81,6 +95,18 @@ def validate(config: ConvertConfig) -> None:
             problems.append(f"{key} = {value}: use letters, digits, '_' and '-' (at most 100)")
     if config.split is not None and "-" in config.split:
         problems.append(f"split = {config.split}: use letters, digits and '_'")
+    if config.labels and config.label_from:
+        problems.append(f"label_from = {config.label_from}: give it or labels, not both")
+    if config.label_from is not None:
+        try:
+            if "label" not in re.compile(config.label_from).groupindex:
+                raise re.error("has no group (?P<label>...)")
+        except re.error as error:
+            problems.append(f"label_from = {config.label_from}: {error}; e.g. "
+                            "label_from='(?P<label>[a-z]+)[.][0-9]+[.]jpg$'")
+    for split in config.splits if isinstance(config.splits, dict) else ():
+        if not NAME_PATTERN.fullmatch(split) or "-" in split:
+            problems.append(f"splits = {split}: use letters, digits and '_'")
     if config.longer_side and config.shorter_side:
         problems.append(f"shorter_side = {config.shorter_side}: give it or longer_side, not both")
     if config.split is not None and config.val_fraction is not None:

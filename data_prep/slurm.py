@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from data_prep.conversion.finish import finish
 from data_prep.conversion.plan import Plan, load_plan
 from data_prep.conversion.pool import ConvertError
 from data_prep.conversion.progress import Ticker
+from data_prep.conversion.shown import shown
 from data_prep.conversion.write import read_record
 from data_prep.convert import name_of, only_one, opened_for, prepare, run
 from data_prep.options import ConvertConfig
@@ -35,8 +36,9 @@ LOST_S = 60.0  # after the finishing job has left the queue: for slow shared fil
 
 
 def convert_slurm(source: str, dst: Path, config: ConvertConfig, progress: bool = False, *,
-                  wait: bool = True) -> Manifest | None:
-    """Submit a conversion; with `wait`, follow it to its manifest.
+                  wait: bool = True, tell: Callable[[dict[str, Any]], None] | None = None
+                  ) -> Manifest | None:
+    """Submit a conversion; with `wait`, follow it to its manifest. `tell` is shown the plan.
 
     Raises: ConfigError as `convert` does, or where there is no SLURM; ConvertError where the jobs
     ended without a data set.
@@ -46,6 +48,8 @@ def convert_slurm(source: str, dst: Path, config: ConvertConfig, progress: bool 
     if submitted is None:
         return load_manifest(dst)
     plan, jobs = submitted
+    if tell is not None:
+        tell(shown(plan))
     return _follow(plan, jobs[-1], before, progress) if wait else None
 
 

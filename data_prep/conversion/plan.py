@@ -14,24 +14,28 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections import Counter
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
+from data_prep.conversion.account import by_number
+from data_prep.conversion.sense import judge
 from data_prep.encode import formats
 from data_prep.shards.beton import write_atomically
-from data_prep.sources.folders import Place, place_groups
-from data_prep.sources.found import HEIF_SUFFIXES, Group, Source
-from data_prep.sources.tars import SourceError
+from data_prep.sources.classes import ClassList, order_classes
+from data_prep.sources.found import HEIF_SUFFIXES, Group, Source, SourceError
+from data_prep.sources.readings import Place, Reading, Said, read_folders
 from resnet_dist.run.paths import DatasetPaths
 
-PLAN_VERSION = 3  # also of the records
+PLAN_VERSION = 4  # also of the records
 ROW = np.dtype([("group", "<i4"), ("container", "<i4"), ("offset", "<i8"), ("size", "<i8"),
                 ("name_at", "<i8"), ("name_len", "<i4"), ("label", "<i4")])
 SHARD_BYTES = 150_000_000  # large enough to stream, small enough to redo and to hold in memory
+NOTES = 5  # of one kind
 MIN_SHARDS = 4  # so that small sets are worked on in parallel, too
 FEW = 64  # images below which one shard is enough
 
@@ -106,6 +110,7 @@ class Plan:
     classes: tuple[str, ...]
     splits: tuple[PlannedSplit, ...]
     ignored: dict[str, int]  # files that are no images, by suffix
+    told: dict[str, Any]  # how the source was read: shape, why, left_out, warnings
 
     @property
     def work(self) -> WorkPaths:
@@ -138,15 +143,15 @@ def plan_key(identity: dict[str, Any]) -> str:
 
 
 def make_plan(source: Source, dst: Path, options: dict[str, Any], identity: dict[str, Any], *,
-              split: str | None, val_fraction: float | None, shard_samples: int | None,
-              outside: str, known_classes: tuple[str, ...] | None, bytes_an_image: float | None,
-              name: str, heif_allowed: int, taken_splits: tuple[str, ...] = ()) -> Plan:
+              said: Said, known_classes: ClassList | None, bytes_an_image: float | None, name: str,
+              heif_allowed: int, taken_splits: tuple[str, ...] = ()) -> Plan:
     """Scan the source and write the plan. `identity` is what the shards' bytes depend on.
 
     Args:
         heif_allowed: HEIC images that may be rejected where nothing here reads them.
 
-    Raises: SourceError where the source is damaged, empty, or holds images of no class.
+    Raises: SourceError where the source is damaged, empty, has two readings, or makes no sense to
+        learn from.
     """
     work = WorkPaths.of(dst)
     if work.root.exists():
@@ -157,62 +162,156 @@ def make_plan(source: Source, dst: Path, options: dict[str, Any], identity: dict
         raise SourceError(f"SOURCE = {name}: {heif} of its images are HEIC, which needs a library: "
                           f"`pip install pillow-heif`; or leave them out with max_rejected={heif}")
     if not len(rows):
-        raise SourceError(f"SOURCE = {name}: no images found in it")
-    above = {str(parent) for folder in [*groups, *source.empty_groups()]
-             if isinstance(folder, str) for parent in PurePosixPath(folder).parents}
-    empty = [folder for folder in source.empty_groups() if folder not in above]
-    places = place_groups([*groups, *empty], split, name)
-    _refuse_outside(places[:len(groups)], groups, rows, outside, name)
-    class_names = _class_names(source, known_classes, places, name)
-    unknown = {place.class_name for place in places if place} - set(class_names)
-    if unknown:
-        raise SourceError(f"SOURCE = {name}: class {min(unknown)!r} is not among the "
-                          f"{len(class_names)} known ones")
-    labels = {name: label for label, name in enumerate(class_names)}
-    row_labels = np.array([labels[place.class_name] if place else -1
-                           for place in places[:len(groups)]], np.int32)[rows["group"]]
-    split_names = sorted({place.split for place in places[:len(groups)] if place},
-                         key=lambda split: (split != "train", split))
-    row_splits = np.array([split_names.index(place.split) if place else -1
-                           for place in places[:len(groups)]], np.int32)[rows["group"]]
+        inside = f"; it holds {by_number(source.ignored)}" if source.ignored else ""
+        raise SourceError(f"SOURCE = {name}: no images found in it{inside}")
+    names = Names(work, rows)
+    reading, row_places, places, empty = _places(source, rows, groups, names, said, name)
+    kept = empty if "empty_classes" in options["accept"] else []
+    classes, place_labels = order_classes(source.classes, known_classes, [*places, *kept],
+                                          options["order"], name)
+    _refuse_outside(rows, groups, row_places, reading, names, said.outside, name,
+                    source.links)
+    splits = sorted({place.split for place in places},
+                    key=lambda split: (split != "train", split))
+    outside = row_places < 0
+    row_labels = np.where(outside, -1, np.array(place_labels, np.int32)[row_places])
+    row_splits = np.where(outside, -1, np.array([splits.index(place.split) for place in places],
+                                                np.int32)[row_places])
+    val_fraction = options["val_fraction"]
     fraction = val_fraction if val_fraction is not None else source.default_val_fraction
-    if fraction and split_names == ["train"]:
+    if fraction and splits == ["train"]:
         held_out = _held_out(rows, row_labels, work, fraction)
         row_splits[held_out] = 1
-        split_names = ["train", "val"]
+        splits = ["train", "val"]
     elif val_fraction is not None:
         raise SourceError(f"val_fraction = {val_fraction}: the source has its own splits "
-                          f"{', '.join(split_names)}; drop the option")
-    taken = sorted(set(taken_splits) & set(split_names))
+                          f"{', '.join(splits)}; drop the option")
+    taken = sorted(set(taken_splits) & set(splits))
     if taken:
         raise SourceError(f"SOURCE = {name}: its split {taken[0]!r} is in the data set already; "
                           "name the new one with split=NAME")
+    counts = {split: np.bincount(row_labels[row_splits == index], minlength=len(classes))
+              for index, split in enumerate(splits)}
+    told = {"shape": reading.shape, "why": reading.why, "left_out": _left_out(reading, rows, groups,
+                                                                             row_places),
+            "warnings": judge(counts, classes, empty, options["accept"], name, bool(taken_splits))
+            + reading.notes[:NOTES] + ([f"... and {len(reading.notes) - NOTES} more such folders"]
+                                       if len(reading.notes) > NOTES else [])}
     rows["label"] = row_labels
     order = np.argsort(row_splits, kind="stable")
     order = order[np.count_nonzero(row_splits < 0):]
     ordered = rows[order]
     planned, start = [], 0
-    for index, split_name in enumerate(split_names):
+    for index, split_name in enumerate(splits):
         count = int(np.count_nonzero(row_splits == index))
         sizes = ordered["size"][start:start + count]
         mean = bytes_an_image or float(np.maximum(sizes, 0).mean()) or None
         planned.append(PlannedSplit(split_name, start, count,
-                                    _shard_count(count, shard_samples, mean)))
+                                    _shard_count(count, options["shard_samples"], mean)))
         start += count
     with open(work.rows, "wb") as file:
         np.save(file, ordered)
     (work.root / "rows.bin").unlink()
     listing = _listing(work, ordered)
-    key = plan_key(identity | {"classes": class_names, "listing": listing,
+    key = plan_key(identity | {"classes": classes, "listing": listing,
                                "splits": [asdict(split) for split in planned]})
     plan = Plan(key=key, dst=dst, kind=source.kind, reader=source.reader, pixels=source.pixels,
                 options=options, identity=identity, listing=listing,
-                source_name=Path(name).resolve().name,
-                append=bool(taken_splits), classes=tuple(class_names), splits=tuple(planned),
+                source_name=Path(name).resolve().name, append=bool(taken_splits),
+                classes=tuple(classes), splits=tuple(planned), told=told,
                 ignored=dict(sorted(source.ignored.items())))
     tree = asdict(plan) | {"dst": None, "version": PLAN_VERSION}
     write_atomically(work.plan, (json.dumps(tree, indent=1, sort_keys=True) + "\n").encode())
     return plan
+
+
+class Names:
+    """The images' names, as the scan wrote them."""
+
+    def __init__(self, work: WorkPaths, rows: np.ndarray) -> None:
+        self._work, self._rows = work, rows
+        self._blob: bytes | None = None
+
+    def __getitem__(self, index: int) -> str:
+        if self._blob is None:
+            self._blob = self._work.names.read_bytes()
+        at, length = int(self._rows["name_at"][index]), int(self._rows["name_len"][index])
+        return self._blob[at:at + length].decode("utf-8", "surrogateescape")
+
+
+def _places(source: Source, rows: np.ndarray, groups: list[Group], names: Names, said: Said,
+            name: str) -> tuple[Reading, np.ndarray, list[Place], list[Place]]:
+    """How the source was read; of every row the index of its place (-1: none); the places with
+    images, and those of folders without."""
+    counts = np.bincount(rows["group"], minlength=len(groups))
+    folders = {group: int(count) for group, count in zip(groups, counts, strict=True)
+               if isinstance(group, str)}
+    members: dict[str, np.ndarray] = {}
+
+    def leaves(folder: str) -> list[str]:
+        if folder not in members:
+            members[folder] = np.flatnonzero(rows["group"] == groups.index(folder))
+        return [names[int(row)].rpartition("/")[2] for row in members[folder]]
+
+    labelled = [group for group in groups if not isinstance(group, str)]
+    if labelled:
+        reading = Reading(source.kind, "splits and labels stand in it",
+                          dict.fromkeys(folders))
+    else:
+        empty_folders = dict.fromkeys(source.empty_groups(), 0)
+        reading = read_folders(folders | empty_folders, leaves, source.side, said, name)
+    index: dict[Place, int] = {}
+    of_group = np.full(len(groups), -1, np.int32)
+    for number, group in enumerate(groups):
+        known = reading.places.get(group) if isinstance(group, str) else Place(
+            said.split or group[0], group[1])
+        if isinstance(known, Place):
+            of_group[number] = index.setdefault(known, len(index))
+    row_places = of_group[rows["group"]]
+    for number, group in enumerate(groups):
+        tell = reading.places.get(group) if isinstance(group, str) else None
+        if callable(tell):
+            for row in np.flatnonzero(rows["group"] == number):
+                place = tell(names[int(row)])
+                row_places[row] = -1 if place is None else index.setdefault(place, len(index))
+    empty = [place for folder, place in reading.places.items()
+             if isinstance(place, Place) and folder not in folders]
+    return reading, row_places, list(index), empty
+
+
+def _refuse_outside(rows: np.ndarray, groups: list[Group], row_places: np.ndarray,
+                    reading: Reading, names: Names, outside: str, name: str,
+                    links: list[str]) -> None:
+    """Raises: SourceError where images are of no class, and nobody has said to leave them out."""
+    lost = np.flatnonzero(row_places < 0)
+    if len(lost) == len(rows):
+        raise SourceError(f"SOURCE = {name}: its {len(lost)} images lie in no class folders; "
+                          "arrange them as CLASS/IMAGE or train/CLASS/IMAGE, or say where their "
+                          "labels stand with labels=FILE or label_from=REGEX")
+    if outside == "ignore":
+        return
+    if links:
+        raise SourceError(f"SOURCE = {name}: {len(links)} of its images are links, the first "
+                          f"{links[0]!r}; unpack it and convert the folder, or make the archive "
+                          "anew with tar --dereference --hard-dereference; outside=ignore leaves "
+                          "them out")
+    strays = [int(row) for row in lost if groups[rows["group"][row]] not in reading.left_out]
+    if strays:
+        where = groups[rows["group"][strays[0]]]
+        raise SourceError(f"SOURCE = {name}: {len(strays)} images lie outside class folders, the "
+                          f"first in {where or '.'!r} ({names[strays[0]]}); move them, or leave "
+                          "them out with outside=ignore")
+
+
+def _left_out(reading: Reading, rows: np.ndarray, groups: list[Group], row_places: np.ndarray
+              ) -> dict[str, int]:
+    """How many images are not converted, by reason."""
+    found: Counter[str] = Counter()
+    for group, count in Counter(rows["group"][row_places < 0].tolist()).items():
+        folder = groups[group]
+        why = reading.left_out.get(folder) if isinstance(folder, str) else None
+        found[why or "images outside class folders"] += count
+    return dict(found)
 
 
 def _listing(work: WorkPaths, rows: np.ndarray) -> str:
@@ -257,39 +356,6 @@ def _scan(source: Source, work: WorkPaths) -> tuple[np.ndarray, list[Group], int
                 used = 0
         rows.write(block[:used].tobytes())
     return np.fromfile(work.root / "rows.bin", ROW), list(groups), heif
-
-
-def _class_names(source: Source, known: tuple[str, ...] | None, places: list[Place | None],
-                 name: str) -> tuple[str, ...]:
-    """Names in the order of labels: a given list, the source's own, or what was found, sorted.
-    Where the source only has numbers, a given list names them."""
-    own = source.classes
-    if known is None:
-        return own or tuple(sorted({place.class_name for place in places if place}))
-    if own and all(label.isdigit() for label in own) and not all(n.isdigit() for n in known):
-        if len(own) > len(known):
-            raise SourceError(f"SOURCE = {name}: has labels up to {len(own) - 1}, and "
-                              f"{len(known)} class names are given")
-        for index, place in enumerate(places):
-            if place:
-                places[index] = Place(place.split, known[int(place.class_name)])
-    elif own and own != known:
-        raise SourceError(f"SOURCE = {name}: its {len(own)} classes differ from the "
-                          f"{len(known)} given ones")
-    return known
-
-
-def _refuse_outside(places: list[Place | None], groups: list[Group],
-                    rows: np.ndarray, outside: str, name: str) -> None:
-    lost = [index for index, place in enumerate(places) if place is None]
-    count = int(np.isin(rows["group"], lost).sum())
-    if count == len(rows):
-        raise SourceError(f"SOURCE = {name}: its {count} images lie in no class folders; arrange "
-                          "them as CLASS/IMAGE or train/CLASS/IMAGE")
-    if count and outside == "refuse":
-        raise SourceError(f"SOURCE = {name}: {count} images lie outside class folders, the first "
-                          f"in {groups[lost[0]] or '.'!r}; move them, or leave them out with "
-                          "outside=ignore")
 
 
 def _held_out(rows: np.ndarray, labels: np.ndarray, work: WorkPaths,

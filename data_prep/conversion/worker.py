@@ -21,7 +21,7 @@ from typing import Any
 from data_prep.conversion.plan import ShardId, load_plan
 from data_prep.conversion.write import Encoded, encode_shard, encoding_of, save_shard
 from data_prep.sources.folders import open_reader
-from data_prep.sources.tars import SourceError
+from data_prep.sources.found import SourceError
 
 NEWS_EVERY_S = 0.2
 

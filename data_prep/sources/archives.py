@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from data_prep.sources import tars
 from data_prep.sources.found import (
+    LABEL_SUFFIXES,
     Found,
-    file_fingerprint,
+    Source,
+    SourceError,
     is_image_name,
+    machine_made,
+    number_classes,
     refuse_size,
     split_in_name,
     split_names,
     suffix_of,
 )
-from data_prep.sources.tars import SourceError
 
 LOOK_FILES = 64  # members from which the kind of an archive is told
 MAX_LABEL_BYTES = 1 << 16
@@ -35,16 +39,9 @@ CIFAR_NAMES = frozenset({"data_batch_1", "data_batch_1.bin", "train.bin", "fine_
 def look_into(path: Path) -> str:
     """"ilsvrc-train" (a tar of tars), "ilsvrc-val", "cifar", "webdataset", "flat" (images outside
     folders) or "folders", from the first members. Raises: SourceError."""
-    data = tars.open_bytes(path)
-    names = []
-    try:
-        for member in tars.members(data):
-            if member.kind == "file" and member.name:
-                names.append(member.name)
-            if len(names) == LOOK_FILES:
-                break
-    finally:
-        data.close()
+    files = (member.name for _, member in tars.walk(path)
+             if member.kind == "file" and member.name)
+    names = list(islice(files, LOOK_FILES))
     leaves = [name.rpartition("/")[2] for name in names]
     if any(leaf in CIFAR_NAMES for leaf in leaves) or {"train", "test", "meta"} <= set(leaves):
         return "cifar"
@@ -64,49 +61,51 @@ def _pairs(names: list[str]) -> bool:
                                if is_image_name(name))
 
 
-class TarFolders:
-    """Tars of class folders; or, with `class_from_name`, tars that hold one class each."""
+class TarFolders(Source):
+    """Tars of folders. The images that lie in no folder of one of several tars are in one named
+    after it: of a class (n01440764.tar), or of a split (val_images.tar.gz)."""
 
     kind = "tar"
-    pixels = False
-    classes = None
-    default_val_fraction = None
 
-    def __init__(self, paths: list[Path], class_from_name: bool = False) -> None:
-        self.paths = paths
-        self.ignored: Counter[str] = Counter()
-        self.reader: dict[str, Any] = {"reader": "spans",
-                                       "containers": [str(path.resolve()) for path in paths]}
-        self._class_from_name = class_from_name
+    def __init__(self, paths: list[Path]) -> None:
+        super().__init__(paths, reader="spans")
         self._folders: set[str] = set()
         self._seen: set[str] = set()
 
     def scan(self) -> Iterator[Found]:
         for container, path in enumerate(self.paths):
-            data = tars.open_bytes(path)
-            prefix = path.name.partition(".")[0] if self._class_from_name else ""
-            try:
-                for member in tars.members(data):
-                    name = f"{prefix}/{member.name}" if prefix and member.name else member.name
-                    folder = name.rpartition("/")[0]
-                    if member.kind == "directory" and member.name not in ("", "."):
+            stem = path.name.partition(".")[0] if len(self.paths) > 1 else ""
+            for _, member in tars.walk(path):
+                name = member.name
+                if stem and name and "/" not in name and member.kind == "file":
+                    name = f"{stem}/{name}"
+                folder = name.rpartition("/")[0]
+                if member.kind == "directory":
+                    if name not in ("", ".") and not machine_made(f"{name}/"):
                         self._folders.add(name)
-                    elif member.kind == "file" and is_image_name(name):
-                        self._seen.add(folder)
-                        yield Found(folder, name, container, member.offset, member.size)
-                    elif member.kind != "directory":
-                        self.ignored[suffix_of(name)] += 1
-            finally:
-                data.close()
+                elif member.kind == "file" and is_image_name(name):
+                    self._seen.add(folder)
+                    yield Found(folder, name, container, member.offset, member.size)
+                else:
+                    if member.kind == "link" and is_image_name(name):
+                        self.links.append(name)
+                    self.ignored["link" if member.kind == "link" else suffix_of(name)] += 1
+                    if member.kind == "file" and Path(name).suffix.lower() in LABEL_SUFFIXES:
+                        self.side[name] = partial(_text_of, path, member)
 
     def empty_groups(self) -> list[str]:
         return sorted(self._folders - self._seen)
 
-    def fingerprint(self) -> dict[str, Any]:
-        return file_fingerprint(self.paths)
+
+def _text_of(path: Path, member: tars.Member, limit: int) -> bytes:
+    data = tars.open_bytes(path)
+    try:
+        return data.read_at(member.offset, min(member.size, limit))
+    finally:
+        data.close()
 
 
-class Ilsvrc:
+class Ilsvrc(Source):
     """ILSVRC2012 as published: a tar of one tar a class to train on; a flat tar to validate on,
     whose labels are in the development kit that lies beside it.
 
@@ -114,15 +113,9 @@ class Ilsvrc:
     """
 
     kind = "ilsvrc2012"
-    pixels = False
-    classes = None  # sorted wnids, the field's order
-    default_val_fraction = None
 
     def __init__(self, paths: list[Path]) -> None:
-        self.paths = paths
-        self.ignored: Counter[str] = Counter()
-        self.reader: dict[str, Any] = {"reader": "spans",
-                                       "containers": [str(path.resolve()) for path in paths]}
+        super().__init__(paths, reader="spans")
 
     def scan(self) -> Iterator[Found]:
         for container, path in enumerate(self.paths):
@@ -132,48 +125,33 @@ class Ilsvrc:
                 yield from self._scan_val(container, path)
 
     def _scan_train(self, container: int, path: Path) -> Iterator[Found]:
-        data = tars.open_bytes(path)
-        try:
-            for outer in tars.members(data):
-                if outer.kind != "file" or not outer.name.endswith(".tar"):
-                    if outer.kind != "directory":
-                        self.ignored[suffix_of(outer.name)] += 1
-                    continue
-                wnid = outer.name.rpartition("/")[2].removesuffix(".tar")
-                end = outer.offset + outer.size
-                for member in tars.members(data, outer.offset, end):
-                    if member.kind == "file" and is_image_name(member.name):
-                        yield Found(("train", wnid), f"{outer.name}/{member.name}", container,
-                                    member.offset, member.size)
-                    elif member.kind != "directory":
-                        self.ignored[suffix_of(member.name)] += 1
-        finally:
-            data.close()
+        for data, outer in tars.walk(path):
+            if outer.kind != "file" or not outer.name.endswith(".tar"):
+                if outer.kind != "directory":
+                    self.ignored[suffix_of(outer.name)] += 1
+                continue
+            wnid = outer.name.rpartition("/")[2].removesuffix(".tar")
+            for member in tars.members(data, outer.offset, outer.offset + outer.size):
+                if member.kind == "file" and is_image_name(member.name):
+                    yield Found(("train", wnid), f"{outer.name}/{member.name}", container,
+                                member.offset, member.size)
+                elif member.kind != "directory":
+                    self.ignored[suffix_of(member.name)] += 1
 
     def _scan_val(self, container: int, path: Path) -> Iterator[Found]:
         labels = validation_labels(path.parent)
-        data = tars.open_bytes(path)
-        try:
-            for member in tars.members(data):
-                match = VAL_NAME.fullmatch(member.name.rpartition("/")[2])
-                if member.kind != "file" or not match:
-                    if member.kind != "directory":
-                        self.ignored[suffix_of(member.name)] += 1
-                    continue
-                number = int(match[1])
-                if not 1 <= number <= len(labels):
-                    raise SourceError(f"{path}: {member.name} has no label; the development kit "
-                                      f"has {len(labels)}")
-                yield Found(("val", labels[number - 1]), member.name, container, member.offset,
-                            member.size)
-        finally:
-            data.close()
-
-    def empty_groups(self) -> list[str]:
-        return []
-
-    def fingerprint(self) -> dict[str, Any]:
-        return file_fingerprint(self.paths)
+        for _, member in tars.walk(path):
+            match = VAL_NAME.fullmatch(member.name.rpartition("/")[2])
+            if member.kind != "file" or not match:
+                if member.kind != "directory":
+                    self.ignored[suffix_of(member.name)] += 1
+                continue
+            number = int(match[1])
+            if not 1 <= number <= len(labels):
+                raise SourceError(f"{path}: {member.name} has no label; the development kit "
+                                  f"has {len(labels)}")
+            yield Found(("val", labels[number - 1]), member.name, container, member.offset,
+                        member.size)
 
 
 def validation_labels(folder: Path) -> list[str]:
@@ -201,16 +179,12 @@ def validation_labels(folder: Path) -> list[str]:
 
 
 def _kit_files(archive: Path) -> tuple[bytes, bytes]:
-    data = tars.open_bytes(archive)
     files: dict[str, bytes] = {}
-    try:
-        for member in tars.members(data):
-            leaf = member.name.rpartition("/")[2]
-            if leaf in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt") and (
-                    member.kind == "file" and member.size < 1 << 26):
-                files[leaf] = data.read_at(member.offset, member.size)
-    finally:
-        data.close()
+    for data, member in tars.walk(archive):
+        leaf = member.name.rpartition("/")[2]
+        if leaf in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt") and (
+                member.kind == "file" and member.size < 1 << 26):
+            files[leaf] = data.read_at(member.offset, member.size)
     if len(files) != 2:
         raise SourceError(f"{archive}: lacks meta.mat or ILSVRC2012_validation_ground_truth.txt")
     return files["meta.mat"], files["ILSVRC2012_validation_ground_truth.txt"]
@@ -229,7 +203,7 @@ def _wnids(meta: bytes, where: Path) -> dict[int, str]:
         raise SourceError(f"{where}: meta.mat cannot be read ({error})") from None
 
 
-class WebDataset:
+class WebDataset(Source):
     """Tars of samples: members that share a key, KEY.jpg with KEY.cls or KEY.json {"label": ...}.
 
     Source: the WebDataset format (webdataset/webdataset): the key ends at the first dot of the
@@ -237,68 +211,58 @@ class WebDataset:
     """
 
     kind = "webdataset"
-    pixels = False
-    default_val_fraction = None
 
     def __init__(self, paths: list[Path]) -> None:
-        self.paths = paths
-        self.ignored: Counter[str] = Counter()
-        self.classes: tuple[str, ...] | None = None
-        self.reader: dict[str, Any] = {"reader": "spans",
-                                       "containers": [str(path.resolve()) for path in paths]}
+        super().__init__(paths, reader="spans")
 
     def scan(self) -> Iterator[Found]:
         splits = {path: split_in_name(path) for path in self.paths}
         names = split_names(split for split in splits.values() if split)
-        largest, numbers_only = -1, True
+        seen: set[str] = set()
         for container, path in enumerate(self.paths):
             split = names.get(splits[path] or "", "train")
             for label, found in self._samples(container, path):
                 if label is not None:
-                    numbers_only &= label.isdigit()
-                    largest = max(largest, int(label)) if label.isdigit() else largest
-                    yield found._replace(group=(split, label))
-                else:
-                    yield found
-        if numbers_only and largest >= 0:
-            if largest > 1_000_000:
-                raise SourceError(f"{self.paths[0]}: has a label {largest}; labels count classes")
-            self.classes = tuple(str(label) for label in range(largest + 1))
+                    seen.add(label)
+                    found = found._replace(group=(split, label))
+                yield found
+        self.classes = number_classes(seen)
 
     def _samples(self, container: int, path: Path) -> Iterator[tuple[str | None, Found]]:
-        data = tars.open_bytes(path)
         key: str | None = None
-        image: Found | None = None
+        images: list[Found] = []
         label: str | None = None
-        try:
-            for member in tars.members(data):
-                if member.kind != "file" or not member.name:
-                    if member.kind == "other":
-                        self.ignored[suffix_of(member.name)] += 1
-                    continue
-                folder, _, leaf = member.name.rpartition("/")
-                stem, _, ending = leaf.partition(".")
-                this = f"{folder}/{stem}"
-                if this != key:
-                    if image:
-                        yield label, image
-                    key, image, label = this, None, None
-                if is_image_name(member.name):
-                    name = f"{path.name}/{member.name}"
-                    image = Found("", name, container, member.offset, member.size)
-                elif ending in ("cls", "cls.txt", "json") and member.size <= MAX_LABEL_BYTES:
-                    found = _label(data.read_at(member.offset, member.size), ending)
-                    label = label if found is None else found
-            if image:
-                yield label, image
-        finally:
-            data.close()
+        for data, member in tars.walk(path):
+            if member.kind != "file" or not member.name:
+                if member.kind not in ("file", "directory"):
+                    self.ignored[suffix_of(member.name)] += 1
+                continue
+            folder, _, leaf = member.name.rpartition("/")
+            stem, _, ending = leaf.partition(".")
+            this = f"{folder}/{stem}"
+            if this != key:
+                yield from _one(label, images, path)
+                key, images, label = this, [], None
+            if is_image_name(member.name):
+                name = f"{path.name}/{member.name}"
+                images.append(Found("", name, container, member.offset, member.size))
+            elif ending in ("cls", "cls.txt", "json") and member.size <= MAX_LABEL_BYTES:
+                found = _label(data.read_at(member.offset, member.size), ending)
+                label = label if found is None else found
+            else:
+                self.ignored[suffix_of(member.name)] += 1
+        yield from _one(label, images, path)
 
-    def empty_groups(self) -> list[str]:
-        return []
 
-    def fingerprint(self) -> dict[str, Any]:
-        return file_fingerprint(self.paths)
+def _one(label: str | None, images: list[Found], path: Path
+         ) -> Iterator[tuple[str | None, Found]]:
+    """The image of a sample. Raises: SourceError where there are several."""
+    if len(images) > 1:
+        raise SourceError(f"{path}: a sample has {len(images)} images, "
+                          f"{' and '.join(image.name.rpartition('/')[2] for image in images)}, and "
+                          "which is to be learnt from is not said (a key ends at the first dot); "
+                          "write shards with one a key")
+    yield from ((label, image) for image in images)
 
 
 def _label(text: bytes, ending: str) -> str | None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import io
 import os
 import pickle
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,12 @@ from typing import Any
 import numpy as np
 
 from data_prep.sources import tars
-from data_prep.sources.found import Found, file_fingerprint, suffix_of
-from data_prep.sources.tars import SourceError
+from data_prep.sources.found import Found, Source, SourceError, file_fingerprint, suffix_of
 
 DIGIT_SIDE = 32
 
 
-class Digits:
+class Digits(Source):
     """1,797 handwritten digits that scikit-learn carries: 8 x 8 pixels, 17 levels.
 
     Each pixel becomes 4 x 4 equal ones and the level n becomes round(n * 255 / 16), so that a
@@ -31,20 +29,16 @@ class Digits:
     kind = "digits"
     pixels = True
     classes = tuple(str(digit) for digit in range(10))
-    default_val_fraction: float | None = 0.2
+    default_val_fraction = 0.2
 
     def __init__(self) -> None:
-        self.ignored: Counter[str] = Counter()
-        self.reader: dict[str, Any] = {"reader": "digits"}
+        super().__init__(reader="digits")
 
     def scan(self) -> Iterator[Found]:
         from sklearn.datasets import load_digits
 
         for index, label in enumerate(load_digits().target):
             yield Found(("train", str(label)), f"digit-{index:04d}", 0, index, -1)
-
-    def empty_groups(self) -> list[str]:
-        return []
 
     def fingerprint(self) -> dict[str, Any]:
         return {"digits": "scikit-learn", "side": DIGIT_SIDE}
@@ -77,7 +71,7 @@ CIFAR_FILES = ({f"data_batch_{n}.bin": ("train", 1) for n in range(1, 6)}
 CIFAR_NAMES = ("batches.meta", "batches.meta.txt", "meta", "fine_label_names.txt")
 
 
-class Cifar:
+class Cifar(Source):
     """An archive as published, or the directory in it. CIFAR-100 gets its 100 fine labels.
 
     Source: Krizhevsky 2009, Learning Multiple Layers of Features from Tiny Images; the layout is
@@ -86,14 +80,11 @@ class Cifar:
 
     kind = "cifar"
     pixels = True
-    default_val_fraction = None
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.ignored: Counter[str] = Counter()
-        self.classes: tuple[str, ...] | None = None
         # Filled by the scan: [file, offset, size, bytes before pixels] of every batch.
-        self.reader: dict[str, Any] = {"reader": "cifar", "batches": []}
+        super().__init__(reader="cifar", batches=[])
+        self.path = path
 
     @staticmethod
     def members_in(names: Iterable[str]) -> bool:
@@ -150,9 +141,6 @@ class Cifar:
                            member.offset, member.size)
         finally:
             data.close()
-
-    def empty_groups(self) -> list[str]:
-        return []
 
     def fingerprint(self) -> dict[str, Any]:
         if self.path.is_file():

@@ -1,62 +1,91 @@
-"""Where images come from: what kind of source a path is, and class-folder trees.
+"""Where images come from: what kind of source a path is, and trees of folders.
 
-Splits are found from top folders (train; val, valid, validation, test), classes from the folders
-below them; nothing is extracted to disk.
+What the folders mean is for `readings` to say; nothing is extracted to disk.
 """
 
 from __future__ import annotations
 
 import glob
 import os
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data_prep.sources.archives import Ilsvrc, SpanReader, TarFolders, WebDataset, look_into
 from data_prep.sources.arrays import Cifar, CifarReader, DigitReader, Digits
 from data_prep.sources.found import (
-    HELD_OUT_NAMES,
-    IMAGE_SUFFIXES,
-    TRAIN_NAMES,
+    LABEL_SUFFIXES,
     Found,
-    Group,
     Reader,
     Source,
+    SourceError,
     Unreadable,
+    is_image_name,
+    is_machine_folder,
     refuse_size,
-    split_names,
     suffix_of,
 )
 from data_prep.sources.parquet import ParquetFiles, ParquetReader
-from data_prep.sources.tars import SourceError, is_tar_name
+from data_prep.sources.tars import is_tar_name
+
+FEW_FOLDERS = 8  # of which each may hold archives or splits
 
 
-class Tree:
-    """A directory of class folders, possibly below train/ and val/."""
+class Tree(Source):
+    """A directory of folders. Links to folders are followed; one that leads back to a folder above
+    it holds nothing new."""
 
     kind = "folders"
-    pixels = False
-    classes = None
-    default_val_fraction = None
 
     def __init__(self, root: Path) -> None:
+        super().__init__([root], reader="files")
         self.root = root
-        self.ignored: Counter[str] = Counter()
-        self.reader: dict[str, Any] = {"reader": "files", "containers": [str(root.resolve())]}
         self._empty: list[str] = []
 
     def scan(self) -> Iterator[Found]:
-        for name, entries in _walk(self.root):
-            images = [entry for entry in entries if Path(entry).suffix.lower() in IMAGE_SUFFIXES
-                      and not entry.startswith(".")]
-            self.ignored.update(map(suffix_of, set(entries).difference(images)))
+        for name, entries in self._walk():
+            images = 0
+            for entry in entries:
+                path = f"{name}/{entry}" if name else entry
+                if is_image_name(entry):
+                    images += 1
+                    yield Found(name, path, 0, 0, -1)
+                    continue
+                self.ignored[suffix_of(entry)] += 1
+                if Path(entry).suffix.lower() in LABEL_SUFFIXES:
+                    self.side[path] = partial(_head, self.root / path)
             if not images and name:
                 self._empty.append(name)
-            for entry in images:
-                yield Found(name, f"{name}/{entry}" if name else entry, 0, 0, -1)
+
+    def _walk(self) -> Iterator[tuple[str, list[str]]]:
+        """(folder relative to the root, names of what is no folder in it), sorted."""
+        stack: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
+        while stack:
+            name, above = stack.pop()
+            files, folders = [], []
+            try:
+                facts = os.stat(self.root / name)
+                here = (*above, (facts.st_dev, facts.st_ino))
+                with os.scandir(self.root / name) as entries:
+                    for entry in entries:
+                        if not entry.is_dir():
+                            if entry.is_file() or not os.path.exists(entry.path):
+                                files.append(entry.name)  # dangling links, too: reading tells
+                            else:
+                                self.ignored["no regular file"] += 1
+                        elif is_machine_folder(entry.name):
+                            self.ignored[f"{entry.name}/"] += 1
+                        elif entry.is_symlink() and _identity(entry) in here:
+                            self.ignored["link to a folder above"] += 1
+                        else:
+                            folders.append(entry.name)
+            except OSError as error:
+                raise SourceError(f"{self.root / name}: {error.strerror}") from None
+            yield name, sorted(files)
+            stack += [(f"{name}/{folder}" if name else folder, here)
+                      for folder in sorted(folders, reverse=True)]
 
     def empty_groups(self) -> list[str]:
         return self._empty
@@ -65,26 +94,14 @@ class Tree:
         return {"root": str(self.root.resolve())}
 
 
-def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
-    """(folder relative to root, names of regular files in it), sorted; symbolic links to folders
-    are followed only above the classes, so that a loop cannot trap the scan."""
-    stack = [("", 0)]
-    while stack:
-        name, depth = stack.pop()
-        files, folders = [], []
-        with os.scandir(root / name) as entries:
-            for entry in entries:
-                try:
-                    if entry.is_dir(follow_symlinks=depth < 2):
-                        if not entry.name.startswith(".") and entry.name != "__MACOSX":
-                            folders.append(entry.name)
-                    elif entry.is_file():
-                        files.append(entry.name)
-                except OSError as error:
-                    raise SourceError(f"{entry.path}: {error.strerror}") from None
-        yield name, sorted(files)
-        stack += [(f"{name}/{folder}" if name else folder, depth + 1)
-                  for folder in sorted(folders, reverse=True)]
+def _identity(entry: os.DirEntry[str]) -> tuple[int, int]:
+    facts = entry.stat()
+    return facts.st_dev, facts.st_ino
+
+
+def _head(path: Path, limit: int) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(limit)
 
 
 class FileReader:
@@ -124,13 +141,17 @@ class FileReader:
             os.close(handle)
 
 
-def open_source(source: str) -> Source:
-    """What `source` is. Raises: SourceError with what would have been understood."""
+def open_source(source: str, take: str | None = None) -> Source:
+    """What `source` is. Raises: SourceError with what would have been understood.
+
+    Args:
+        take: "folders" or "archives", where a directory holds both.
+    """
     if source == "digits":
         return Digits()
     path = Path(source)
     if path.is_dir():
-        return _open_directory(path)
+        return _open_directory(path, take)
     if path.is_file():
         if path.suffix.lower() == ".parquet":
             return ParquetFiles([path])
@@ -149,35 +170,48 @@ def open_source(source: str) -> Source:
                       "'digits'")
 
 
-def _open_directory(path: Path) -> Source:
+def _open_directory(path: Path, take: str | None) -> Source:
     names = sorted(entry.name for entry in os.scandir(path) if entry.is_file())
     if Cifar.members_in(names):
         return Cifar(path)
-    tars = [path / name for name in names if is_tar_name(name)]
-    if tars:
-        return _open_tars(tars)
-    parquet = _in_split_folders(path, (".parquet",))
-    if parquet:
-        return ParquetFiles(parquet)
-    shards = _in_split_folders(path, (".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst"))
-    if shards:
-        return _open_tars(shards)
-    return Tree(path)
+    archives = [path / name for name in names if is_tar_name(name)]
+    if not archives:
+        near = list(_files_near(path))
+        archives = [file for file in near if file.suffix.lower() == ".parquet"] or [
+            file for file in near if is_tar_name(file.name)]
+    if not archives or take == "folders":
+        return Tree(path)
+    if take is None and (image := _image_below(path)):
+        raise SourceError(f"SOURCE = {path}: holds images in folders, e.g. {image}, and archives, "
+                          f"e.g. {archives[0].relative_to(path)}. take=folders converts the "
+                          "former, take=archives the latter")
+    if archives[0].suffix.lower() == ".parquet":
+        return ParquetFiles(archives)
+    return _open_tars(archives)
 
 
-def _in_split_folders(path: Path, endings: tuple[str, ...]) -> list[Path]:
-    """Files with these endings in `path` or in its folders named after splits or data; a folder
-    is taken for one of classes, and not searched, once it holds a folder of its own."""
-    found = []
-    for folder in [path, *(path / name for name in ("data", *TRAIN_NAMES, *HELD_OUT_NAMES))]:
-        if folder.is_dir():
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    if entry.is_dir() and folder != path:
-                        break
-                    if entry.name.endswith(endings) and entry.is_file():
-                        found.append(folder / entry.name)
-    return sorted(found)
+def _files_near(path: Path, depth: int = 2) -> Iterator[Path]:
+    """Files in `path` and in its folders, sorted; folders among many are classes, and are not
+    searched."""
+    entries = sorted(path.iterdir())
+    yield from (entry for entry in entries if entry.is_file())
+    folders = [entry for entry in entries if entry.is_dir() and not is_machine_folder(entry.name)]
+    if depth and len(folders) <= FEW_FOLDERS:
+        for folder in folders:
+            yield from _files_near(folder, depth - 1)
+
+
+def _image_below(path: Path) -> str | None:
+    """An image in a folder of `path` or of its folders, as far as a look into a few tells."""
+    folders = [entry for entry in sorted(path.iterdir())
+               if entry.is_dir() and not is_machine_folder(entry.name)]
+    for folder in folders[:FEW_FOLDERS]:
+        for place, inner, files in os.walk(folder):
+            inner[:] = sorted(name for name in inner if not is_machine_folder(name))[:4]
+            for name in files:
+                if is_image_name(name):
+                    return str((Path(place) / name).relative_to(path))
+    return None
 
 
 def _open_tars(paths: list[Path]) -> Source:
@@ -191,9 +225,7 @@ def _open_tars(paths: list[Path]) -> Source:
         return Ilsvrc([path for path, found in kinds.items() if found.startswith("ilsvrc")])
     if kind == "webdataset":
         return WebDataset(images)
-    if len(images) > 1:
-        return TarFolders(images, class_from_name=kind == "flat")
-    if kind == "cifar":
+    if kind == "cifar" and len(images) == 1:
         return Cifar(images[0])
     return TarFolders(images)
 
@@ -210,54 +242,3 @@ def open_reader(reader: dict[str, Any], max_bytes: int) -> Reader:
         return CifarReader(reader)
     assert kind == "digits", kind
     return DigitReader()
-
-
-@dataclass(frozen=True)
-class Place:
-    """What a group of images is: its split and class."""
-
-    split: str
-    class_name: str
-
-
-def place_groups(groups: Sequence[Group], split: str | None,
-                 name: str) -> list[Place | None]:
-    """Split and class of every group; None for folders that are above the classes.
-
-    Folder names are read as [wrappers/] [split/] class [/deeper]. A single top folder that is no
-    split and holds folders is a wrapper. `split` names the split where no folder does.
-    Raises: SourceError where images lie outside class folders.
-    """
-    folders = [tuple(group.split("/")) if group else () for group in groups
-               if isinstance(group, str)]
-    depth = 0
-    while True:
-        tops = {folder[depth] for folder in folders if len(folder) > depth}
-        at_top = any(len(folder) == depth for folder in folders)
-        if len(tops) != 1 or at_top or split_names(tops):
-            break
-        if not all(len(folder) > depth + 1 for folder in folders):
-            break  # the only folder holds images: it is a class
-        depth += 1
-    found = {folder[depth].lower() for folder in folders if len(folder) > depth + 1
-             and split_names([folder[depth]])}
-    names = split_names(found)
-
-    def place(group: Group) -> Place | None:
-        if not isinstance(group, str):
-            return Place(split or group[0], group[1])
-        parts = group.split("/")[depth:] if group else []
-        if not parts:
-            return None
-        if found and parts[0].lower() in names:
-            return Place(names[parts[0].lower()], parts[1]) if len(parts) > 1 else None
-        if found:
-            return None
-        return Place(split or "train", parts[0])
-
-    if split is not None and len({names[top] for top in found}) > 1:
-        raise SourceError(f"split = {split}: {name} has split folders of its own; drop the option")
-    places = [place(group) for group in groups]
-    if split is not None:
-        places = [Place(split, known.class_name) if known else None for known in places]
-    return places

@@ -8,8 +8,9 @@ which any worker can read it without reading the others. What a worker needs for
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -21,8 +22,18 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", "
                             ".heif", ".hif"})
 HEIF_SUFFIXES = (".heic", ".heif", ".hif")
 TRAIN_NAMES = ("train", "training")
-HELD_OUT_NAMES = ("val", "valid", "validation", "test")  # the first that exists is the val split
+# The first that exists is the val split.
+HELD_OUT_NAMES = ("val", "valid", "validation", "dev", "eval", "test", "testing", "holdout")
+LABEL_SUFFIXES = frozenset({".txt", ".csv", ".tsv", ".json", ".jsonl", ".mat"})
+# Made by machines beside what people put there; hidden folders are left out as well.
+MACHINE_FOLDERS = frozenset({"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "#recycle",
+                             "System Volume Information", "__pycache__"})
+Side = Mapping[str, Callable[[int], bytes]]  # files that may hold labels -> at most so many bytes
 Group = str | tuple[str, str]  # a folder's name, or (split, class) where both are known
+
+
+class SourceError(ValueError):
+    """A source that cannot be read as what it claims to be; the message names it."""
 
 
 class Found(NamedTuple):
@@ -35,37 +46,33 @@ class Found(NamedTuple):
     size: int  # bytes; -1 where only reading tells
 
 
-class Source(Protocol):
-    @property
-    def kind(self) -> str: ...
-    @property
-    def pixels(self) -> bool:
-        """It gives RGB arrays, not files."""
-        ...
-    @property
-    def classes(self) -> tuple[str, ...] | None:
-        """Fixed order of labels, known after the scan; None: sorted names."""
-        ...
-    @property
-    def default_val_fraction(self) -> float | None: ...
-    @property
-    def ignored(self) -> Counter[str]:
-        """Files seen by the scan that are no images by their names: how many, by `suffix_of`."""
-        ...
-    @property
-    def reader(self) -> dict[str, Any]:
-        """What `open_reader` needs, as plain data."""
-        ...
+class Source:
+    """Base of every kind of source; `scan` fills what stands below."""
+
+    kind: str
+    pixels = False  # it gives RGB arrays, not files
+    classes: tuple[str, ...] | None = None  # fixed order of labels; None: the names, ordered
+    default_val_fraction: float | None = None
+
+    def __init__(self, paths: Sequence[Path] = (), **reader: Any) -> None:
+        """`reader`: what `open_reader` needs, as plain data."""
+        self.paths = list(paths)
+        self.reader = {"containers": [str(path.resolve()) for path in paths], **reader}
+        # Files that are no images by their names: how many, by `suffix_of`.
+        self.ignored: Counter[str] = Counter()
+        self.links: list[str] = []  # images of an archive that are only links to others
+        self.side: dict[str, Callable[[int], bytes]] = {}
 
     def scan(self) -> Iterator[Found]:
         """Raises: SourceError where the source is damaged."""
-        ...
+        raise NotImplementedError
 
     def empty_groups(self) -> list[str]:
-        """Folders without images: a class keeps its label though it has none."""
-        ...
+        """Folders without images, which may be classes."""
+        return []
 
-    def fingerprint(self) -> dict[str, Any]: ...
+    def fingerprint(self) -> dict[str, Any]:
+        return file_fingerprint(self.paths)
 
 
 class Reader(Protocol):
@@ -90,10 +97,30 @@ class Unreadable(ValueError):
 
 
 def is_image_name(name: str) -> bool:
-    """By its ending; hidden files and macOS' doubles are none."""
-    folder, _, leaf = name.rpartition("/")
-    return (bool(name) and not leaf.startswith(".") and not folder.startswith("__MACOSX")
+    """By its ending; hidden files and what lies in folders that machines make are none."""
+    leaf = name.rpartition("/")[2]
+    return (bool(name) and not leaf.startswith(".") and not machine_made(name)
             and os.path.splitext(leaf)[1].lower() in IMAGE_SUFFIXES)
+
+
+def machine_made(path: str) -> bool:
+    """Whether a file lies in a folder that no person made."""
+    return any(map(is_machine_folder, path.split("/")[:-1]))
+
+
+def number_classes(labels: Iterable[str]) -> tuple[str, ...] | None:
+    """0 to the largest, where all labels are numbers; None otherwise.
+
+    Raises: SourceError where they are too far apart to count classes.
+    """
+    found = set(labels)
+    if not found or not all(label.isdecimal() and label.isascii() for label in found):
+        return None
+    largest = max(map(int, found))
+    if largest > 1_000_000 and largest > 4 * len(found):
+        raise SourceError(f"labels go up to {largest}, and there are {len(found)} of them: they do "
+                          "not count classes; give names instead")
+    return tuple(map(str, range(largest + 1)))
 
 
 def suffix_of(name: str) -> str:
@@ -120,6 +147,17 @@ def split_names(found: Iterable[str]) -> dict[str, str]:
     names = {name: "train" for name in TRAIN_NAMES if name in lower}
     held_out = [name for name in HELD_OUT_NAMES if name in lower]
     return names | {name: "val" if name == held_out[0] else name for name in held_out}
+
+
+def split_words(name: str, exact: bool = False) -> set[str]:
+    """The words for splits in a folder's name; `exact`: it is nothing but one of them."""
+    low = name.lower()
+    words = {low} if exact else set(re.findall("[a-z]+", low))
+    return words & {*TRAIN_NAMES, *HELD_OUT_NAMES}
+
+
+def is_machine_folder(name: str) -> bool:
+    return name.startswith(".") or name in MACHINE_FOLDERS
 
 
 def split_in_name(path: Path) -> str | None:

@@ -7,39 +7,40 @@ whose names may stand in the metadata that Hugging Face's `datasets` writes, or 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources.found import Found, Unreadable, file_fingerprint, refuse_size, split_in_name
+from data_prep.sources.found import (
+    Found,
+    Group,
+    Source,
+    SourceError,
+    Unreadable,
+    number_classes,
+    refuse_size,
+    split_in_name,
+)
 from data_prep.sources.found import split_names as canonical_splits
-from data_prep.sources.tars import SourceError
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "image_bytes", "webp", "bytes")
 LABEL_COLUMNS = ("label", "fine_label", "labels", "cls", "class", "target", "class_id", "wnid")
 READ_ROWS = 64  # decoded from a column at a time: bounds memory whatever the row groups are
 
 
-class ParquetFiles:
+class ParquetFiles(Source):
     """One or more files; a file's split is in its name or its folder's."""
 
     kind = "parquet"
-    pixels = False
-    default_val_fraction = None
 
     def __init__(self, paths: list[Path]) -> None:
-        self.paths = paths
-        self.ignored: Counter[str] = Counter()
-        self.classes: tuple[str, ...] | None = None
-        self.reader: dict[str, Any] = {"reader": "parquet", "column": "", "struct": False,
-                                       "containers": [str(path.resolve()) for path in paths]}
+        super().__init__(paths, reader="parquet", column="", struct=False)
 
     def scan(self) -> Iterator[Found]:
         splits = {path: split_in_name(path) for path in self.paths}
         names = canonical_splits(split for split in splits.values() if split)
         listed: tuple[str, ...] | None = None
-        largest, numbers = -1, False
+        seen: set[str] = set()
         columns = None
         for container, path in enumerate(self.paths):
             file = _open(path)
@@ -53,31 +54,18 @@ class ParquetFiles:
             row = 0
             for batch in file.iter_batches(batch_size=8192, columns=[label]):
                 for value in batch.column(0).to_pylist():
-                    name = f"{path.name}:{row}"
-                    if value is None or value == "" or (isinstance(value, int) and value < 0):
-                        yield Found("", name, container, row, -1)  # unlabelled
-                    elif isinstance(value, int):
-                        numbers, largest = True, max(largest, value)
-                        if listed and value >= len(listed):
+                    group: Group = ""  # unlabelled
+                    if value is not None and value != "" and not (
+                            isinstance(value, int) and value < 0):
+                        if listed and isinstance(value, int) and value >= len(listed):
                             raise SourceError(f"{path}: row {row} has label {value} of "
                                               f"{len(listed)} named classes")
-                        yield Found((split, listed[value] if listed else str(value)), name,
-                                    container, row, -1)
-                    else:
-                        yield Found((split, str(value)), name, container, row, -1)
+                        name = listed[value] if listed and isinstance(value, int) else str(value)
+                        seen.add(name)
+                        group = (split, name)
+                    yield Found(group, f"{path.name}:{row}", container, row, -1)
                     row += 1
-        if listed:
-            self.classes = listed
-        elif numbers:
-            if largest > 1_000_000:
-                raise SourceError(f"{self.paths[0]}: has a label {largest}; labels count classes")
-            self.classes = tuple(str(value) for value in range(largest + 1))
-
-    def empty_groups(self) -> list[str]:
-        return []
-
-    def fingerprint(self) -> dict[str, Any]:
-        return file_fingerprint(self.paths)
+        self.classes = listed or number_classes(seen)
 
 
 def _open(path: Path) -> Any:
@@ -108,7 +96,39 @@ def _columns(file: Any, path: Path) -> tuple[str, str, bool]:
         raise SourceError(f"{path}: the struct {image!r} has no field 'bytes'")
     if not struct and not (pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)):
         raise SourceError(f"{path}: column {image!r} holds {kind}, not encoded images")
+    _refuse_empty(file, path, image, struct)
+    _refuse_label(schema.field(label).type, label, path)
     return image, label, struct
+
+
+def _refuse_empty(file: Any, path: Path, image: str, struct: bool) -> None:
+    """Raises: SourceError where the first rows hold paths in place of images."""
+    first = next(file.iter_batches(batch_size=READ_ROWS, columns=[image]), None)
+    if first is None or not first.num_rows:
+        return
+    values = first.column(0).field("bytes") if struct else first.column(0)
+    if values.null_count == len(values):
+        raise SourceError(f"{path}: its column {image!r} holds no images, only where they were; "
+                          "write it with the images inside (datasets: "
+                          "`embed_external_files=True`), or convert the folder of images with "
+                          "labels=FILE")
+
+
+def _refuse_label(kind: Any, label: str, path: Path) -> None:
+    """Raises: SourceError where a label is not one class."""
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    told = {types.is_list: "lists of labels, and an image is of one class here",
+            types.is_large_list: "lists of labels, and an image is of one class here",
+            types.is_floating: "fractions, and classes are counted; round them to int64, or bin "
+                               "what is to be measured",
+            types.is_struct: "records; keep the one field that names the class",
+            types.is_temporal: "times; give names or numbers of classes"}
+    for holds, what in told.items():
+        if holds(kind):
+            raise SourceError(f"{path}: column {label!r} holds {what}")
 
 
 def _label_names(file: Any, label: str) -> tuple[str, ...] | None:

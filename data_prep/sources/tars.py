@@ -17,14 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple, Protocol, cast
 
+from data_prep.sources.found import SourceError
+
 BLOCK = 512
 MAX_HEADER_BYTES = 1 << 20  # of a long name or a pax header; real ones have a few hundred
 COMPRESSED = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bz2", ".tbz2": "bz2", ".xz": "lzma",
               ".txz": "lzma", ".zst": "zstd"}
-
-
-class SourceError(ValueError):
-    """A source that cannot be read as what it claims to be; the message names it."""
 
 
 class Bytes(Protocol):
@@ -115,9 +113,19 @@ def is_tar_name(name: str) -> bool:
         name.endswith(".tar" + ending) for ending in (".gz", ".bz2", ".xz", ".zst"))
 
 
+def walk(path: Path) -> Iterator[tuple[Bytes, Member]]:
+    """The members of an archive, with its bytes to read them from; closes it at the end."""
+    data = open_bytes(path)
+    try:
+        for member in members(data):
+            yield data, member
+    finally:
+        data.close()
+
+
 class Member(NamedTuple):
     name: str  # relative, without '.' or '..'; "" where the archive's name is refused
-    kind: str  # "file", "directory", "other"
+    kind: str  # "file", "directory", "link" (hard or symbolic), "other"
     offset: int  # of the data, in the bytes given
     size: int
 
@@ -191,8 +199,8 @@ def members(data: Bytes, start: int = 0, end: int | None = None) -> Iterator[Mem
         is_directory = kind == b"5" or (kind in (b"0", b"\0") and name.endswith("/"))
         if not is_file:
             size = size if kind not in b"123456" else 0
-        yield Member(safe_name(name), "file" if is_file else
-                     "directory" if is_directory else "other", body, size)
+        yield Member(safe_name(name), "file" if is_file else "directory" if is_directory else
+                     "link" if kind in b"12" else "other", body, size)
         long_name, long_size = None, None
         last_end = body + size
         at = body + -(-size // BLOCK) * BLOCK

@@ -10,7 +10,7 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -32,6 +32,8 @@ def convert(
     dst: Annotated[Path, typer.Argument(help="data set directory to write")],
     options: Overrides = None,
     slurm: Annotated[bool, typer.Option("--slurm", help="as a job array")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show how SOURCE is read; no more")]
+    = False,
     as_json: Json = False,
 ) -> None:
     """Convert images to FFCV shards. The same command again finishes a killed conversion.
@@ -41,16 +43,28 @@ def convert(
     import logging
 
     from data_prep.conversion.account import account
-    from data_prep.convert import convert, parse_convert_overrides
+    from data_prep.conversion.shown import lines
+    from data_prep.convert import convert, parse_convert_overrides, planned
     from data_prep.slurm import convert_slurm
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # progress off a terminal
     checked = parse_convert_overrides(options or [])
+
+    def tell(plan: dict[str, Any]) -> None:
+        if not as_json:
+            for what, value in lines(plan):
+                console.print(f"{what:>12}  {value}", highlight=False, markup=False,
+                              soft_wrap=True)
+
+    if dry_run:
+        plan = planned(source, dst, checked)
+        print(json.dumps(plan)) if as_json else tell(plan)
+        return
     if slurm:
-        manifest = convert_slurm(source, dst, checked, progress=True)
+        manifest = convert_slurm(source, dst, checked, progress=True, tell=tell)
         assert manifest is not None, "it waited"
     else:
-        manifest = convert(source, dst, checked, progress=True)
+        manifest = convert(source, dst, checked, progress=True, tell=tell)
     if as_json:
         print(json.dumps({"dataset": str(dst), "classes": manifest.num_classes, "splits": {
             name: split.samples for name, split in manifest.splits.items()}}))

@@ -146,7 +146,8 @@ def test_a_data_set_of_mutated_images_converts_and_verifies(tmp_path):
         except Unreadable:
             pass
     manifest = convert(str(tmp_path / "source"), tmp_path / "dst",
-                       options("max_rejected=300", "max_pixels=500000", "exif=ignore"))
+                       options("max_rejected=300", "max_pixels=500000", "exif=ignore",
+                               "accept=[one_class]"))
     assert manifest.splits["train"].samples == expected
     assert verify(tmp_path / "dst", deep=True).ok
     assert len(read_back(tmp_path / "dst", "train")) == expected

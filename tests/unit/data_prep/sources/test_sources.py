@@ -136,7 +136,7 @@ def test_parquet_files_give_images_and_class_names(tmp_path, layout):
                                   "label": [names[label] for label in labels]})
             pq.write_table(table, source / f"{split}-{number:05d}-of-{files:05d}.parquet",
                            row_group_size=4)
-    manifest = convert(str(tmp_path), tmp_path / "dst", options("shard_samples=5"))
+    manifest = convert(str(source), tmp_path / "dst", options("shard_samples=5"))
     if layout == "huggingface":
         assert manifest.classes == tuple(names)  # the order of the file, not the alphabet's
     assert named(tmp_path / "dst", "train") == sorted(expected["train"])
@@ -149,7 +149,7 @@ def test_unlabelled_parquet_rows_are_refused_or_left_out(tmp_path):
     with pytest.raises(ConfigError, match="outside=ignore"):
         convert(str(tmp_path / "train.parquet"), tmp_path / "dst", options())
     manifest = convert(str(tmp_path / "train.parquet"), tmp_path / "dst",
-                       options("outside=ignore"))
+                       options("outside=ignore", "accept=[one_class]"))
     assert manifest.splits["train"].samples == 1
 
 
@@ -213,7 +213,8 @@ def make_cifar(root: Path, hundred: bool, binary: bool, rng) -> tuple[Path, dict
 @pytest.mark.parametrize("hundred", [False, True])
 def test_cifar_archives_give_exact_pixels_and_labels(tmp_path, hundred, binary):
     archive, expected = make_cifar(tmp_path, hundred, binary, np.random.default_rng(0))
-    manifest = convert(str(archive), tmp_path / "a", options("workers=1"))
+    few = ["accept=[few_images, unequal_classes]"] if hundred else []
+    manifest = convert(str(archive), tmp_path / "a", options("workers=1", *few))
     assert manifest.num_classes == (100 if hundred else 10)
     assert manifest.image_size == (32, 32)
     assert manifest.encoding["encoding"] == "raw"
@@ -222,7 +223,7 @@ def test_cifar_archives_give_exact_pixels_and_labels(tmp_path, hundred, binary):
     (tmp_path / "extracted").mkdir()
     subprocess.run(["tar", "-xf", archive, "-C", tmp_path / "extracted"], check=True)
     (folder,) = (tmp_path / "extracted").iterdir()
-    convert(str(folder), tmp_path / "b", options())
+    convert(str(folder), tmp_path / "b", options(*few))
     assert named(tmp_path / "b", "train") == sorted(expected["train"])
 
 
@@ -243,7 +244,7 @@ def test_a_pickle_that_would_run_code_is_refused_unrun(tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
-def test_links_and_climbing_names_in_a_tar_are_left_out(tmp_path):
+def test_links_and_climbing_names_in_a_tar_are_told_and_never_followed(tmp_path):
     secret = tmp_path / "secret.jpg"
     secret.write_bytes(jpeg_of(99))
     with tarfile.open(tmp_path / "s.tar", "w") as tar:
@@ -258,7 +259,10 @@ def test_links_and_climbing_names_in_a_tar_are_left_out(tmp_path):
             info = tarfile.TarInfo(f"train/ant/{4 + number}.jpg")
             info.type, info.linkname = kind, str(secret)
             tar.addfile(info)
-    manifest = convert(str(tmp_path / "s.tar"), tmp_path / "dst", options())
+    with pytest.raises(ConfigError, match=r"2 of its images are links, .*'train/ant/4.jpg'"):
+        convert(str(tmp_path / "s.tar"), tmp_path / "dst", options("accept=[one_class]"))
+    manifest = convert(str(tmp_path / "s.tar"), tmp_path / "dst",
+                       options("outside=ignore", "accept=[one_class]"))
     assert manifest.splits["train"].samples == 1
     assert manifest.source["ignored_files"] == 7
 
@@ -327,10 +331,12 @@ def test_a_truncated_compressed_tar_is_refused(tmp_path):
         convert(str(path), tmp_path / "dst", options())
 
 
-def test_classes_without_images_keep_their_labels(tmp_path):
+def test_classes_without_images_are_refused_or_keep_their_labels(tmp_path):
     source = make_tree(tmp_path / "source", splits=("train",))
     (source / "train" / "aardvark").mkdir()
-    manifest = convert(str(source), tmp_path / "dst", options())
+    with pytest.raises(ConfigError, match=r"'aardvark' hold no images.*accept=\[empty_classes\]"):
+        convert(str(source), tmp_path / "dst", options())
+    manifest = convert(str(source), tmp_path / "dst", options("accept=[empty_classes]"))
     assert manifest.classes == ("aardvark", "ant", "bee", "cat")
     assert {label for label, _ in read_back(tmp_path / "dst", "train")} == {1, 2, 3}
 
@@ -343,7 +349,8 @@ def test_hidden_and_foreign_files_in_folders_are_counted_not_converted(tmp_path)
     convert(str(source), tmp_path / "dst", options())
     manifest = load_manifest(tmp_path / "dst")
     assert manifest.splits["train"].samples == 12
-    assert manifest.source["ignored_files"] == 4
+    assert manifest.source["ignored_files"] == 5
+    assert manifest.source["ignored_suffixes"]["no regular file"] == 1
 
 
 @pytest.mark.parametrize(("folders", "expected"), [
@@ -357,7 +364,7 @@ def test_splits_are_found_by_the_names_of_folders(tmp_path, folders, expected):
 
 
 def test_class_folders_alone_are_one_split_by_option(tmp_path):
-    source = make_tree(tmp_path / "source", per_class=1, splits=("train",)) / "train"
+    source = make_tree(tmp_path / "source", per_class=2, splits=("train",)) / "train"
     source.rename(tmp_path / "plain")
     assert set(convert(str(tmp_path / "plain"), tmp_path / "a", options()).splits) == {"train"}
     assert set(convert(str(tmp_path / "plain"), tmp_path / "b",
