@@ -31,12 +31,11 @@ constexpr int64_t TILE_VALUES = 64;   // at least a row: memory is walked as it 
 
 struct Bf16 { uint16_t bits; };
 
-// Vectors of W channels.
+// Vectors of W channels; by name, since GCC 12 converts none whose size a template gives.
 template <int W> struct Vectors;
 #define VECTORS(W)                                                                                 \
     template <> struct Vectors<W> {                                                                \
         typedef float Floats __attribute__((vector_size(W * 4)));                                  \
-        typedef int32_t Ints __attribute__((vector_size(W * 4)));                                  \
         typedef uint32_t Words __attribute__((vector_size(W * 4)));                                \
         typedef uint16_t Halves __attribute__((vector_size(W * 2)));                               \
     };
@@ -47,36 +46,32 @@ VECTORS(4)
 
 template <int W> struct Lanes {
     typedef typename Vectors<W>::Floats Floats;
-    typedef typename Vectors<W>::Ints Ints;
     typedef typename Vectors<W>::Words Words;
     typedef typename Vectors<W>::Halves Halves;
 
-    INLINE void load(const float* from, Floats& to) { std::memcpy(&to, from, sizeof to); }
-    INLINE void load(const Bf16* from, Floats& to) {
+    INLINE Floats load(const float* from) {
+        Floats value;
+        std::memcpy(&value, from, sizeof value);
+        return value;
+    }
+    INLINE Floats load(const Bf16* from) {
         Halves half;
         std::memcpy(&half, from, sizeof half);
-        Words word = __builtin_convertvector(half, Words) << 16;
-        std::memcpy(&to, &word, sizeof to);
+        return (Floats)(__builtin_convertvector(half, Words) << 16);
     }
     INLINE void store(float* to, const Floats& value) { std::memcpy(to, &value, sizeof value); }
     INLINE void store(Bf16* to, const Floats& value) {
         Words word;
         std::memcpy(&word, &value, sizeof word);
         word += 0x7fff + ((word >> 16) & 1);  // to nearest, ties to even
-        Words is_no_number = (Words)(value != value);
+        const Words is_no_number = (Words)(value != value);
         word = (word & ~is_no_number) | (is_no_number & 0x7fc00000u);
-        Halves half = __builtin_convertvector(word >> 16, Halves);
+        const Halves half = __builtin_convertvector(word >> 16, Halves);
         std::memcpy(to, &half, sizeof half);
     }
-    INLINE void keep_where(const Ints& mask, Floats& value) {
-        Ints bits;
-        std::memcpy(&bits, &value, sizeof bits);
-        bits &= mask;
-        std::memcpy(&value, &bits, sizeof bits);
-    }
-    INLINE Floats normalised(const Floats& x, const Floats& mean, const Floats& scale,
-                             const Floats& shift) {
-        return (x - mean) * scale + shift;
+    // What of `value` ReLU lets through: where `out` is no number, it does.
+    INLINE Floats rectified(const Floats& value, const Floats& out) {
+        return out <= 0 ? Floats{} : value;
     }
 };
 
@@ -101,173 +96,139 @@ INLINE void tiles(const Shape& shape, int64_t first, int64_t last, Body&& body) 
     }
 }
 
-// sums[0][c], sums[1][c]: of x - origin and its square, over rows [first, last); sums[2][c]: the
-// origin, the mean of the first rows. That near the mean, squares lose no digits to it.
-template <int W, typename T>
-INLINE void moments(const T* x, const Shape& shape, int64_t first, int64_t last, float* sums) {
-    typedef Lanes<W> L;
-    typedef typename L::Floats Floats;
-    const int64_t channels = shape.channels;
-    std::fill(sums, sums + 3 * channels, 0.0f);
-    const int64_t few = std::min<int64_t>(last - first, 8);
-    tiles<W>(shape, first, first + few, [&](int64_t c, int64_t row, int64_t end) ALWAYS {
-        Floats origin;
-        L::load(sums + 2 * channels + c, origin);
-        for (; row < end; ++row) {
-            Floats value;
-            L::load(x + row * channels + c, value);
-            origin += value * (1.0f / float(few));
-        }
-        L::store(sums + 2 * channels + c, origin);
-    });
-    tiles<W>(shape, first, last, [&](int64_t c, int64_t row, int64_t end) ALWAYS {
-        Floats origin, plain, squares;
-        L::load(sums + 2 * channels + c, origin);
-        L::load(sums + c, plain);
-        L::load(sums + channels + c, squares);
-        for (; row < end; ++row) {
-            Floats value;
-            L::load(x + row * channels + c, value);
-            value -= origin;
-            plain += value;
-            squares += value * value;
-        }
-        L::store(sums + c, plain);
-        L::store(sums + channels + c, squares);
-    });
-}
+// What the loops read and write; what one does not need is null.
+template <typename T> struct Group {
+    const T *x, *added, *grad;  // `added`: the residual; backward, what came of it (y)
+    T *out, *masked;
+    const float *mean, *scale, *shift, *constant, *slope;
 
-// residual may be null.
-template <int W, typename T>
-INLINE void apply(const T* x, const T* residual, T* y, bool relu, const float* means,
-                  const float* scales, const float* shifts, const Shape& shape, int64_t first,
-                  int64_t last) {
-    typedef Lanes<W> L;
-    typedef typename L::Floats Floats;
-    const int64_t channels = shape.channels;
-    tiles<W>(shape, first, last, [&](int64_t c, int64_t row, int64_t end) ALWAYS {
-        Floats mean, scale, shift;
-        L::load(means + c, mean);
-        L::load(scales + c, scale);
-        L::load(shifts + c, shift);
-        for (; row < end; ++row) {
-            const int64_t at = row * channels + c;
-            Floats value;
-            L::load(x + at, value);
-            value = L::normalised(value, mean, scale, shift);
-            if (residual) {
-                Floats added;
-                L::load(residual + at, added);
-                value += added;
-            }
-            // What is no number stays so.
-            if (relu) L::keep_where((typename L::Ints)(value < 0) ^ -1, value);
-            L::store(y + at, value);
-        }
-    });
-}
-
-// sums[0][c], sums[1][c]: of g and g * (x - mean). g is `grad` where the ReLU let through. With y
-// given (a residual was added), y tells where, and g is also written to `masked`.
-template <int W, typename T>
-INLINE void gradient_sums(const T* grad, const T* x, const T* y, T* masked, bool relu,
-                          const float* means, const float* scales, const float* shifts,
-                          const Shape& shape, int64_t first, int64_t last, float* sums) {
-    typedef Lanes<W> L;
-    typedef typename L::Floats Floats;
-    const int64_t channels = shape.channels;
-    std::fill(sums, sums + 2 * channels, 0.0f);
-    tiles<W>(shape, first, last, [&](int64_t c, int64_t row, int64_t end) ALWAYS {
-        Floats mean, scale, shift, plain, along;
-        L::load(means + c, mean);
-        L::load(scales + c, scale);
-        L::load(shifts + c, shift);
-        L::load(sums + c, plain);
-        L::load(sums + channels + c, along);
-        for (; row < end; ++row) {
-            const int64_t at = row * channels + c;
-            Floats value, g;
-            L::load(x + at, value);
-            L::load(grad + at, g);
-            if (y) {
-                Floats out;
-                L::load(y + at, out);
-                L::keep_where((typename L::Ints)(out <= 0) ^ -1, g);
-                L::store(masked + at, g);
-            } else if (relu) {
-                Floats out = L::normalised(value, mean, scale, shift);
-                L::keep_where((typename L::Ints)(out <= 0) ^ -1, g);
-            }
-            plain += g;
-            along += g * (value - mean);
-        }
-        L::store(sums + c, plain);
-        L::store(sums + channels + c, along);
-    });
-}
-
-// dx = (g - constant - (x - mean) * slope) * scale; recompute: g is not masked yet.
-template <int W, typename T>
-INLINE void gradient(const T* grad, const T* x, T* grad_x, bool recompute, const float* means,
-                     const float* scales, const float* shifts, const float* constants,
-                     const float* slopes, const Shape& shape, int64_t first, int64_t last) {
-    typedef Lanes<W> L;
-    typedef typename L::Floats Floats;
-    const int64_t channels = shape.channels;
-    tiles<W>(shape, first, last, [&](int64_t c, int64_t row, int64_t end) ALWAYS {
-        Floats mean, scale, shift, constant, slope;
-        L::load(means + c, mean);
-        L::load(scales + c, scale);
-        L::load(shifts + c, shift);
-        L::load(constants + c, constant);
-        L::load(slopes + c, slope);
-        for (; row < end; ++row) {
-            const int64_t at = row * channels + c;
-            Floats value, g;
-            L::load(x + at, value);
-            L::load(grad + at, g);
-            if (recompute) {
-                Floats out = L::normalised(value, mean, scale, shift);
-                L::keep_where((typename L::Ints)(out <= 0) ^ -1, g);
-            }
-            L::store(grad_x + at, (g - constant - (value - mean) * slope) * scale);
-        }
-    });
-}
-
-// target() takes no templates: each hot loop by name, once for each type and level.
-#define HOT(T, NAME, LEVEL, W)                                                                     \
-    LEVEL void moments_##NAME(const T* x, const Shape& s, int64_t a, int64_t b, float* sums) {     \
-        moments<W>(x, s, a, b, sums);                                                              \
-    }                                                                                              \
-    LEVEL void apply_##NAME(const T* x, const T* r, T* y, bool relu, const float* m,               \
-                            const float* k, const float* h, const Shape& s, int64_t a,             \
-                            int64_t b) {                                                           \
-        if (r && relu) apply<W>(x, r, y, true, m, k, h, s, a, b);                                  \
-        else if (r) apply<W>(x, r, y, false, m, k, h, s, a, b);                                    \
-        else if (relu) apply<W>(x, (const T*)nullptr, y, true, m, k, h, s, a, b);                  \
-        else apply<W>(x, (const T*)nullptr, y, false, m, k, h, s, a, b);                           \
-    }                                                                                              \
-    LEVEL void gradient_sums_##NAME(const T* g, const T* x, const T* y, T* w, bool relu,           \
-                                    const float* m, const float* k, const float* h,                \
-                                    const Shape& s, int64_t a, int64_t b, float* sums) {           \
-        if (y) gradient_sums<W>(g, x, y, w, true, m, k, h, s, a, b, sums);                         \
-        else if (relu) gradient_sums<W>(g, x, (const T*)nullptr, w, true, m, k, h, s, a, b, sums); \
-        else gradient_sums<W>(g, x, (const T*)nullptr, w, false, m, k, h, s, a, b, sums);          \
-    }                                                                                              \
-    LEVEL void gradient_##NAME(const T* g, const T* x, T* d, bool recompute, const float* m,       \
-                               const float* k, const float* h, const float* c, const float* p,     \
-                               const Shape& s, int64_t a, int64_t b) {                             \
-        if (recompute) gradient<W>(g, x, d, true, m, k, h, c, p, s, a, b);                         \
-        else gradient<W>(g, x, d, false, m, k, h, c, p, s, a, b);                                  \
+    // Of the first group to those of group `g`; all share `shift`.
+    Group at(int64_t g, int64_t size, int64_t channels) const {
+        const auto to = [](auto* first, int64_t by) { return first ? first + by : nullptr; };
+        const int64_t by = g * size, c = g * channels;
+        return {to(x, by), to(added, by), to(grad, by), to(out, by), to(masked, by), to(mean, c),
+                to(scale, c), shift, to(constant, c), to(slope, c)};
     }
-HOT(float, float_v4, V4, 16)
-HOT(Bf16, bf16_v4, V4, 16)
-HOT(float, float_v3, V3, 8)
-HOT(Bf16, bf16_v3, V3, 8)
-HOT(float, float_v1, , 4)
-HOT(Bf16, bf16_v1, , 4)
-#undef HOT
+};
+
+// (x - mean) * scale + shift, for channels [c, c + W).
+template <int W> struct Norm {
+    typedef typename Lanes<W>::Floats Floats;
+    Floats mean, scale, shift;
+
+    template <typename T>
+    ALWAYS Norm(const Group<T>& g, int64_t c)
+        : mean(Lanes<W>::load(g.mean + c)), scale(Lanes<W>::load(g.scale + c)),
+          shift(Lanes<W>::load(g.shift + c)) {}
+    ALWAYS Floats operator()(const Floats& x) const { return (x - mean) * scale + shift; }
+};
+
+// The loops over rows [first, last) of a group. Structures, so that one template below compiles
+// each for all levels; by value, since what they store could else be the very pointers.
+
+// sums[0][c], sums[1][c]: of x - origin and its square; sums[2][c]: the origin, the mean of the
+// first rows. That near the mean, squares lose no digits to it.
+struct Moments {
+    template <int W, typename T>
+    INLINE void run(Group<T> g, Shape shape, int64_t first, int64_t last, float* sums) {
+        typedef Lanes<W> L;
+        typedef typename L::Floats Floats;
+        const int64_t channels = shape.channels;
+        std::fill(sums, sums + 3 * channels, 0.0f);
+        const int64_t few = std::min<int64_t>(last - first, 8);
+        tiles<W>(shape, first, first + few, [&](int64_t c, int64_t row, int64_t end) ALWAYS {
+            Floats origin = L::load(sums + 2 * channels + c);
+            for (; row < end; ++row)
+                origin += L::load(g.x + row * channels + c) * (1.0f / float(few));
+            L::store(sums + 2 * channels + c, origin);
+        });
+        tiles<W>(shape, first, last, [&](int64_t c, int64_t row, int64_t end) ALWAYS {
+            const Floats origin = L::load(sums + 2 * channels + c);
+            Floats plain = L::load(sums + c), squares = L::load(sums + channels + c);
+            for (; row < end; ++row) {
+                const Floats value = L::load(g.x + row * channels + c) - origin;
+                plain += value;
+                squares += value * value;
+            }
+            L::store(sums + c, plain);
+            L::store(sums + channels + c, squares);
+        });
+    }
+};
+
+// out = relu?(norm(x) + added?)
+template <bool kResidual, bool kRelu> struct Apply {
+    template <int W, typename T>
+    INLINE void run(Group<T> g, Shape shape, int64_t first, int64_t last, float*) {
+        typedef Lanes<W> L;
+        const int64_t channels = shape.channels;
+        tiles<W>(shape, first, last, [&](int64_t c, int64_t row, int64_t end) ALWAYS {
+            const Norm<W> norm(g, c);
+            for (; row < end; ++row) {
+                const int64_t at = row * channels + c;
+                typename L::Floats value = norm(L::load(g.x + at));
+                if (kResidual) value += L::load(g.added + at);
+                // Not `rectified`: -0 stays so.
+                if (kRelu) value = value < 0 ? typename L::Floats{} : value;
+                L::store(g.out + at, value);
+            }
+        });
+    }
+};
+
+enum Mask { NONE, AGAIN, GIVEN };  // the ReLU's: there is none; computed again from x; from y
+
+// sums[0][c], sums[1][c]: of g and g * (x - mean). g is `grad` where the ReLU let through. GIVEN (a
+// residual was added): g is also written to `masked`.
+template <Mask kMask> struct GradientSums {
+    template <int W, typename T>
+    INLINE void run(Group<T> g, Shape shape, int64_t first, int64_t last, float* sums) {
+        typedef Lanes<W> L;
+        typedef typename L::Floats Floats;
+        const int64_t channels = shape.channels;
+        std::fill(sums, sums + 2 * channels, 0.0f);
+        tiles<W>(shape, first, last, [&](int64_t c, int64_t row, int64_t end) ALWAYS {
+            const Norm<W> norm(g, c);
+            Floats plain = L::load(sums + c), along = L::load(sums + channels + c);
+            for (; row < end; ++row) {
+                const int64_t at = row * channels + c;
+                const Floats value = L::load(g.x + at);
+                Floats grad = L::load(g.grad + at);
+                if (kMask == GIVEN) {
+                    grad = L::rectified(grad, L::load(g.added + at));
+                    L::store(g.masked + at, grad);
+                } else if (kMask == AGAIN) {
+                    grad = L::rectified(grad, norm(value));
+                }
+                plain += grad;
+                along += grad * (value - norm.mean);
+            }
+            L::store(sums + c, plain);
+            L::store(sums + channels + c, along);
+        });
+    }
+};
+
+// out = (g - constant - (x - mean) * slope) * scale; AGAIN: `grad` is not masked yet.
+template <Mask kMask> struct Gradient {
+    template <int W, typename T>
+    INLINE void run(Group<T> g, Shape shape, int64_t first, int64_t last, float*) {
+        typedef Lanes<W> L;
+        typedef typename L::Floats Floats;
+        const int64_t channels = shape.channels;
+        tiles<W>(shape, first, last, [&](int64_t c, int64_t row, int64_t end) ALWAYS {
+            const Norm<W> norm(g, c);
+            const Floats constant = L::load(g.constant + c), slope = L::load(g.slope + c);
+            for (; row < end; ++row) {
+                const int64_t at = row * channels + c;
+                const Floats value = L::load(g.x + at);
+                Floats grad = L::load(g.grad + at);
+                if (kMask == AGAIN) grad = L::rectified(grad, norm(value));
+                L::store(g.out + at, (grad - constant - (value - norm.mean) * slope) * norm.scale);
+            }
+        });
+    }
+};
 
 int supported() {
     return __builtin_cpu_supports("x86-64-v4") ? 4 : __builtin_cpu_supports("x86-64-v3") ? 3 : 1;
@@ -275,66 +236,76 @@ int supported() {
 
 std::atomic<int> level{supported()};
 
-// The names again, chosen by type and by the machine.
-#define CHOOSE_OF(NAME, T, SUFFIX)                                                                 \
-    template <typename... A> void NAME##_of(const T* x, A... a) {                                  \
-        if (level == 4) NAME##_##SUFFIX##_v4(x, a...);                                           \
-        else if (level == 3) NAME##_##SUFFIX##_v3(x, a...);                                      \
-        else NAME##_##SUFFIX##_v1(x, a...);                                                        \
+template <class Loop, typename... A> V4 void run_v4(A... a) { Loop::template run<16>(a...); }
+template <class Loop, typename... A> V3 void run_v3(A... a) { Loop::template run<8>(a...); }
+template <class Loop, typename... A> void run_v1(A... a) { Loop::template run<4>(a...); }
+
+// The loop over chunk `k` of group `g`.
+template <class Loop, typename T>
+void run(const Group<T>& groups, const Shape& shape, int64_t g, int64_t k, float* sums) {
+    const Group<T> group = groups.at(g, shape.rows * shape.channels, shape.channels);
+    const int64_t first = shape.first(k), last = shape.last(k);
+    if (level == 4) run_v4<Loop>(group, shape, first, last, sums);
+    else if (level == 3) run_v3<Loop>(group, shape, first, last, sums);
+    else run_v1<Loop>(group, shape, first, last, sums);
+}
+
+// In parallel: first(group, chunk) for all, combine(group) for all, last(group, chunk) for all.
+template <class First, class Combine, class Last>
+void passes(int64_t groups, int64_t chunks, First first, Combine combine, Last last) {
+#pragma omp parallel
+    {
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t g = 0; g < groups; ++g)
+            for (int64_t k = 0; k < chunks; ++k) first(g, k);
+#pragma omp for schedule(static)
+        for (int64_t g = 0; g < groups; ++g) combine(g);
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t g = 0; g < groups; ++g)
+            for (int64_t k = 0; k < chunks; ++k) last(g, k);
     }
-#define CHOOSE(NAME) CHOOSE_OF(NAME, float, float) CHOOSE_OF(NAME, Bf16, bf16)
-CHOOSE(moments)
-CHOOSE(apply)
-CHOOSE(gradient_sums)
-CHOOSE(gradient)
-#undef CHOOSE
-#undef CHOOSE_OF
+}
 
 template <typename T>
 void forward(const T* x, const T* residual, T* y, const float* weight, const float* bias,
              float* mean, float* var, float* invstd, int64_t groups, int64_t rows,
              int64_t channels, float eps, bool relu) {
     const Shape shape(rows, channels);
-    const int64_t size = rows * channels;
     std::vector<float> sums(groups * shape.chunks * 3 * channels), scales(groups * channels);
     std::vector<double> wide(groups * 2 * channels);
-#pragma omp parallel
-    {
-#pragma omp for collapse(2) schedule(static)
-        for (int64_t g = 0; g < groups; ++g)
-            for (int64_t k = 0; k < shape.chunks; ++k)
-                moments_of(x + g * size, shape, shape.first(k), shape.last(k),
-                           &sums[(g * shape.chunks + k) * 3 * channels]);
-#pragma omp for schedule(static)
-        for (int64_t g = 0; g < groups; ++g) {
-            // Chan, Golub, LeVeque 1979, chunk by chunk, in double: there are few.
-            double count = 0, *means = &wide[g * 2 * channels], *squares = means + channels;
-            for (int64_t k = 0; k < shape.chunks; ++k) {
-                const float* s = &sums[(g * shape.chunks + k) * 3 * channels];
-                const double n = double(shape.last(k) - shape.first(k)), each = 1 / n;
-                const double share = n / (count + n), apart = count * share;
-                for (int64_t c = 0; c < channels; ++c) {
-                    const double off = s[c] * each, delta = s[2 * channels + c] + off - means[c];
-                    squares[c] += s[channels + c] - off * s[c] + delta * delta * apart;
-                    means[c] += delta * share;
-                }
-                count += n;
-            }
+    const auto sums_of = [&](int64_t g, int64_t k) {
+        return &sums[(g * shape.chunks + k) * 3 * channels];
+    };
+    const Group<T> all{x, residual, nullptr, y, nullptr, mean, scales.data(), bias, nullptr,
+                       nullptr};
+    const auto apply = residual && relu ? run<Apply<true, true>, T>
+                       : residual       ? run<Apply<true, false>, T>
+                       : relu           ? run<Apply<false, true>, T>
+                                        : run<Apply<false, false>, T>;
+    passes(groups, shape.chunks, [&](int64_t g, int64_t k) {
+        run<Moments>(all, shape, g, k, sums_of(g, k));
+    }, [&](int64_t g) {
+        // Chan, Golub, LeVeque 1979, chunk by chunk, in double: there are few.
+        double count = 0, *means = &wide[g * 2 * channels], *squares = means + channels;
+        for (int64_t k = 0; k < shape.chunks; ++k) {
+            const float* s = sums_of(g, k);
+            const double n = double(shape.last(k) - shape.first(k)), each = 1 / n;
+            const double share = n / (count + n), apart = count * share;
             for (int64_t c = 0; c < channels; ++c) {
-                const int64_t at = g * channels + c;
-                mean[at] = float(means[c]);
-                var[at] = float(squares[c] / double(rows - 1));
-                invstd[at] = float(1.0 / std::sqrt(squares[c] / double(rows) + double(eps)));
-                scales[at] = weight[c] * invstd[at];
+                const double off = s[c] * each, delta = s[2 * channels + c] + off - means[c];
+                squares[c] += s[channels + c] - off * s[c] + delta * delta * apart;
+                means[c] += delta * share;
             }
+            count += n;
         }
-#pragma omp for collapse(2) schedule(static)
-        for (int64_t g = 0; g < groups; ++g)
-            for (int64_t k = 0; k < shape.chunks; ++k)
-                apply_of(x + g * size, residual ? residual + g * size : nullptr, y + g * size, relu,
-                         (const float*)mean + g * channels, (const float*)&scales[g * channels],
-                         bias, shape, shape.first(k), shape.last(k));
-    }
+        for (int64_t c = 0; c < channels; ++c) {
+            const int64_t at = g * channels + c;
+            mean[at] = float(means[c]);
+            var[at] = float(squares[c] / double(rows - 1));
+            invstd[at] = float(1.0 / std::sqrt(squares[c] / double(rows) + double(eps)));
+            scales[at] = weight[c] * invstd[at];
+        }
+    }, [&](int64_t g, int64_t k) { apply(all, shape, g, k, nullptr); });
 }
 
 template <typename T>
@@ -342,47 +313,36 @@ void backward(const T* grad, const T* x, const T* y, T* masked, T* grad_x, const
               const float* bias, const float* mean, const float* invstd, float* grad_weight,
               float* grad_bias, int64_t groups, int64_t rows, int64_t channels, bool relu) {
     const Shape shape(rows, channels);
-    const int64_t size = rows * channels;
     std::vector<float> sums(groups * shape.chunks * 2 * channels), scales(groups * channels),
         constants(groups * channels), slopes(groups * channels);
     std::vector<double> wide(groups * 2 * channels);
     for (int64_t at = 0; at < groups * channels; ++at)
         scales[at] = weight[at % channels] * invstd[at];
-#pragma omp parallel
-    {
-#pragma omp for collapse(2) schedule(static)
-        for (int64_t g = 0; g < groups; ++g)
-            for (int64_t k = 0; k < shape.chunks; ++k)
-                gradient_sums_of(grad + g * size, x + g * size, y ? y + g * size : nullptr,
-                                 y ? masked + g * size : nullptr, relu, mean + g * channels,
-                                 (const float*)&scales[g * channels], bias, shape, shape.first(k),
-                                 shape.last(k), &sums[(g * shape.chunks + k) * 2 * channels]);
-#pragma omp for schedule(static)
-        for (int64_t g = 0; g < groups; ++g) {
-            double *plain = &wide[g * 2 * channels], *along = plain + channels;
-            for (int64_t k = 0; k < shape.chunks; ++k) {
-                const float* s = &sums[(g * shape.chunks + k) * 2 * channels];
-                for (int64_t c = 0; c < 2 * channels; ++c) plain[c] += s[c];
-            }
-            for (int64_t c = 0; c < channels; ++c) {
-                const int64_t at = g * channels + c;
-                const double inv = invstd[at];
-                grad_bias[at] = float(plain[c]);
-                grad_weight[at] = float(along[c] * inv);
-                constants[at] = float(plain[c] / double(rows));
-                slopes[at] = float(along[c] * inv * inv / double(rows));
-            }
+    const auto sums_of = [&](int64_t g, int64_t k) {
+        return &sums[(g * shape.chunks + k) * 2 * channels];
+    };
+    const Group<T> all{x, y, grad, grad_x, masked, mean, scales.data(), bias, constants.data(),
+                       slopes.data()};
+    const auto sum = y ? run<GradientSums<GIVEN>, T> : relu ? run<GradientSums<AGAIN>, T>
+                                                            : run<GradientSums<NONE>, T>;
+    Group<T> then = all;
+    if (y) then.grad = masked;
+    const auto apply = relu && !y ? run<Gradient<AGAIN>, T> : run<Gradient<NONE>, T>;
+    passes(groups, shape.chunks, [&](int64_t g, int64_t k) {
+        sum(all, shape, g, k, sums_of(g, k));
+    }, [&](int64_t g) {
+        double *plain = &wide[g * 2 * channels], *along = plain + channels;
+        for (int64_t k = 0; k < shape.chunks; ++k)
+            for (int64_t c = 0; c < 2 * channels; ++c) plain[c] += sums_of(g, k)[c];
+        for (int64_t c = 0; c < channels; ++c) {
+            const int64_t at = g * channels + c;
+            const double inv = invstd[at];
+            grad_bias[at] = float(plain[c]);
+            grad_weight[at] = float(along[c] * inv);
+            constants[at] = float(plain[c] / double(rows));
+            slopes[at] = float(along[c] * inv * inv / double(rows));
         }
-#pragma omp for collapse(2) schedule(static)
-        for (int64_t g = 0; g < groups; ++g)
-            for (int64_t k = 0; k < shape.chunks; ++k)
-                gradient_of((y ? (const T*)masked : grad) + g * size, x + g * size,
-                            grad_x + g * size, relu && !y, mean + g * channels,
-                            (const float*)&scales[g * channels], bias,
-                            (const float*)&constants[g * channels],
-                            (const float*)&slopes[g * channels], shape, shape.first(k),
-                            shape.last(k));
-    }
+    }, [&](int64_t g, int64_t k) { apply(then, shape, g, k, nullptr); });
 }
 
 }  // namespace
@@ -395,12 +355,12 @@ EXPORT void batch_norm_forward(int bf16, const void* x, const void* residual, vo
                                const float* weight, const float* bias, float* mean, float* var,
                                float* invstd, int64_t groups, int64_t rows, int64_t channels,
                                float eps, int relu) {
-    if (bf16)
-        forward((const Bf16*)x, (const Bf16*)residual, (Bf16*)y, weight, bias, mean, var, invstd,
-                groups, rows, channels, eps, relu != 0);
-    else
-        forward((const float*)x, (const float*)residual, (float*)y, weight, bias, mean, var,
-                invstd, groups, rows, channels, eps, relu != 0);
+    const auto as = [=](auto type) {
+        typedef decltype(type) T;
+        forward((const T*)x, (const T*)residual, (T*)y, weight, bias, mean, var, invstd, groups,
+                rows, channels, eps, relu != 0);
+    };
+    bf16 ? as(Bf16{}) : as(float{});
 }
 
 // y and masked: both, where ReLU followed an addition, else null. grad_weight, grad_bias: [groups,
@@ -410,12 +370,10 @@ EXPORT void batch_norm_backward(int bf16, const void* grad, const void* x, const
                                 const float* bias, const float* mean, const float* invstd,
                                 float* grad_weight, float* grad_bias, int64_t groups,
                                 int64_t rows, int64_t channels, int relu) {
-    if (bf16)
-        backward((const Bf16*)grad, (const Bf16*)x, (const Bf16*)y, (Bf16*)masked, (Bf16*)grad_x,
-                 weight, bias, mean, invstd, grad_weight, grad_bias, groups, rows, channels,
-                 relu != 0);
-    else
-        backward((const float*)grad, (const float*)x, (const float*)y, (float*)masked,
-                 (float*)grad_x, weight, bias, mean, invstd, grad_weight, grad_bias, groups, rows,
-                 channels, relu != 0);
+    const auto as = [=](auto type) {
+        typedef decltype(type) T;
+        backward((const T*)grad, (const T*)x, (const T*)y, (T*)masked, (T*)grad_x, weight, bias,
+                 mean, invstd, grad_weight, grad_bias, groups, rows, channels, relu != 0);
+    };
+    bf16 ? as(Bf16{}) : as(float{});
 }
