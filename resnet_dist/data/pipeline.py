@@ -45,7 +45,7 @@ class PlannedDecoder(Operation):
             shape, dtype)
 
     def generate_code(self) -> Callable:
-        decode_one = decoder.decode_stored
+        decode_one = decoder.decode
 
         def decode(batch_indices, destination, metadata, storage_state):  # type: ignore[no-untyped-def]
             files, sizes, digests, plans, padding, status, check = storage_state
@@ -53,7 +53,7 @@ class PlannedDecoder(Operation):
                 sample = batch_indices[i]
                 image = metadata[sample]
                 status[i] = decode_one(
-                    files[sample], image["data_ptr"], sizes[sample], digests[sample], check,
+                    0, files[sample], image["data_ptr"], sizes[sample], digests[sample], check,
                     image["mode"], image["height"], image["width"], plans[i].ctypes.data,
                     padding.ctypes.data, destination[i].ctypes.data, destination.shape[1],
                     destination.shape[2])

@@ -12,6 +12,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 # Mirrors `struct Plan` in native.h. Lengths are source pixels, `shift` is grey levels.
 OP = np.dtype([("code", "<i4"), ("args", "<f4", (4,))])
@@ -62,20 +63,15 @@ def library() -> ctypes.CDLL:
 
 
 _library = library()
-_picture = [
+decode = _library.rd_decode
+decode.argtypes = [
+    ctypes.c_uint64, ctypes.c_int32, ctypes.c_uint64,  # bytes; or 0, file descriptor, offset
     ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int32,  # size, digest, check
     ctypes.c_int32, ctypes.c_int32, ctypes.c_int32,  # mode, height, width
     ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int32, ctypes.c_int32,
 ]  # plan, padding image, output, its height and width
-decode = _library.rd_decode
-decode.argtypes = [ctypes.c_uint64, *_picture]  # bytes
 decode.restype = ctypes.c_int32
-decode_stored = _library.rd_decode_stored
-decode_stored.argtypes = [ctypes.c_int32, ctypes.c_uint64, *_picture]  # file descriptor, offset
-decode_stored.restype = ctypes.c_int32
 _library.rd_last_error.restype = ctypes.c_char_p
-_library.rd_digest.argtypes = [ctypes.c_void_p, ctypes.c_uint64]
-_library.rd_digest.restype = ctypes.c_uint64
 _library.rd_plan_bytes.restype = ctypes.c_uint64
 assert _library.rd_plan_bytes() == PLAN.itemsize, "native.h and PLAN disagree"
 
@@ -92,7 +88,7 @@ def only_portable(on: bool) -> None:
 
 def digest(data: bytes) -> int:
     """XXH3-64 of stored image bytes as the signed integer that the `digest` field holds."""
-    value = _library.rd_digest(data, len(data))
+    value = xxhash.xxh3_64_intdigest(data)
     return value - (1 << 64) if value >> 63 else value
 
 
@@ -108,8 +104,8 @@ def decode_one(data: bytes, mode: int, height: int, width: int, plan: np.ndarray
     pad = np.zeros_like(out) if pad is None else np.ascontiguousarray(pad, np.uint8)
     if pad.shape != out.shape:
         raise ValueError(f"pad is {pad.shape}, the output {out.shape}")
-    status = decode(stored.ctypes.data, stored.size, 0, 0, mode, height, width, plan.ctypes.data,
-                    pad.ctypes.data, out.ctypes.data, *out_hw)
+    status = decode(stored.ctypes.data, -1, 0, stored.size, 0, 0, mode, height, width,
+                    plan.ctypes.data, pad.ctypes.data, out.ctypes.data, *out_hw)
     if status:
         raise ValueError(last_error())
     return out

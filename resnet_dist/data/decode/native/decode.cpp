@@ -5,108 +5,42 @@
 // would paint grey, is an error here. Thread-safe; every thread keeps its own decoder and scratch.
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
-#include <csetjmp>
-#include <cstdio>
 #include <cmath>
 #include <cstring>
-#include <algorithm>
 #include <vector>
-
-#include <jpeglib.h>
-#include <jerror.h>
 
 #define XXH_INLINE_ALL
 #include <xxhash.h>
 
 #include "huffman.h"
 #include "native.h"
-
-#if JPEG_LIB_VERSION >= 70  // the names of libjpeg's newer interfaces
-#define DCT_SIZE DCT_h_scaled_size
-#define MIN_DCT_SIZE min_DCT_h_scaled_size
-#else
-#define DCT_SIZE DCT_scaled_size
-#define MIN_DCT_SIZE min_DCT_scaled_size
-#endif
-
-#define EXPORT extern "C" __attribute__((visibility("default")))
+#include "strict.h"
 
 namespace {
 
 enum Status { kOk = 0, kDigest = 1, kCorrupt = 2, kMismatch = 3, kPlan = 4, kRead = 5 };
 enum Mode { kJpeg = 0, kRaw = 1 };
 
-struct Failure {
-  jpeg_error_mgr manager;
-  jmp_buf jump;
-  const char* damage;  // found by our own entropy decoder; else null, and libjpeg has the reason
-};
-
 struct Decoder {
-  jpeg_decompress_struct info;
-  Failure failure;
-  char message[JMSG_LENGTH_MAX + 64];
+  jpeg_decompress_struct info{};
+  Errors errors;
   std::vector<uint8_t> planes[3], row, picture, stored;
   std::vector<JSAMPROW> rows[3];
   ScanReader scan;
 
-  Decoder();
+  Decoder() {
+    info.err = arm(errors);
+    jpeg_create_decompress(&info);
+  }
   ~Decoder() { jpeg_destroy_decompress(&info); }
 };
-
-[[noreturn]] void on_error(j_common_ptr common) {
-  auto* failure = reinterpret_cast<Failure*>(common->err);
-  longjmp(failure->jump, 1);
-}
-
-// libjpeg calls this for warnings (level < 0) and traces. Damage is an error; oddities are not.
-void on_message(j_common_ptr common, int level) {
-  if (level >= 0) return;
-  switch (common->err->msg_code) {
-    case JWRN_EXTRANEOUS_DATA:
-    case JWRN_ADOBE_XFORM:
-    case JWRN_JFIF_MAJOR:
-      return;
-    default:
-      on_error(common);
-  }
-}
-
-Decoder::Decoder() {
-  std::memset(&info, 0, sizeof info);
-  info.err = jpeg_std_error(&failure.manager);
-  failure.manager.error_exit = on_error;
-  failure.manager.emit_message = on_message;
-  message[0] = 0;
-  jpeg_create_decompress(&info);
-}
-
-Decoder& decoder() {
-  static thread_local Decoder instance;
-  return instance;
-}
-
-int fail(Decoder& d, Status status, const char* text) {
-  std::snprintf(d.message, sizeof d.message, "%s", text);
-  return status;
-}
-
-int fail_jpeg(Decoder& d) {
-  char text[JMSG_LENGTH_MAX];
-  if (d.failure.damage)
-    std::snprintf(text, sizeof text, "%s", d.failure.damage);
-  else
-    d.info.err->format_message(reinterpret_cast<j_common_ptr>(&d.info), text);
-  jpeg_abort_decompress(&d.info);
-  std::snprintf(d.message, sizeof d.message, "JPEG does not decode: %s", text);
-  return kCorrupt;
-}
 
 // What the picture's size is divided by while it is decoded: the largest power of two, at most 8, by
 // which the crop exceeds the output on both axes. Of chroma that has fewer columns than rows, or the
 // reverse (4:2:2), libjpeg leaves that difference in the smaller picture: then so much less.
-int reduction(const jpeg_decompress_struct& info, const Plan& plan, int out_h, int out_w) {
+int reduction(const jpeg_decompress_struct& info, const Box& box, const Output& out) {
   double uneven = 1;
   for (int i = 0; i < info.num_components; ++i) {
     const jpeg_component_info& comp = info.comp_info[i];
@@ -115,38 +49,20 @@ int reduction(const jpeg_decompress_struct& info, const Plan& plan, int out_h, i
     uneven = std::max({uneven, across / down, down / across});
   }
   int by = 1;
-  while (by < 8 && plan.height >= 2.0 * by * uneven * out_h && plan.width >= 2.0 * by * uneven * out_w)
+  while (by < 8 && box.height >= 2.0 * by * uneven * out.height &&
+         box.width >= 2.0 * by * uneven * out.width)
     by *= 2;
   return by;
 }
 
-// Whole pixels that the box touches, with a margin for interpolation; [low, high).
-void window(double start, double extent, int limit, int margin, int* low, int* high) {
-  *low = std::clamp(static_cast<int>(std::floor(start)) - margin, 0, limit - 1);
-  *high = std::clamp(static_cast<int>(std::ceil(start + extent)) + margin, *low + 1, limit);
-}
+struct Range {
+  int low, high;  // [low, high)
+};
 
-// Whether the three components can be resized each at its own resolution.
-bool planar(const jpeg_decompress_struct& info) {
-  if (info.jpeg_color_space != JCS_YCbCr || info.num_components != 3 || !ScanReader::supports(info))
-    return false;
-  const jpeg_component_info* c = info.comp_info;
-  if (c[0].h_samp_factor != info.max_h_samp_factor || c[0].v_samp_factor != info.max_v_samp_factor)
-    return false;
-  for (int i = 1; i < 3; ++i) {
-    if (info.max_h_samp_factor % c[i].h_samp_factor || info.max_v_samp_factor % c[i].v_samp_factor)
-      return false;
-    if (info.max_h_samp_factor / c[i].h_samp_factor > 2 ||
-        info.max_v_samp_factor / c[i].v_samp_factor > 2)
-      return false;
-  }
-  return true;
-}
-
-[[noreturn]] void on_damage(j_decompress_ptr info, const char* why) {
-  auto* failure = reinterpret_cast<Failure*>(info->err);
-  failure->damage = why;
-  longjmp(failure->jump, 1);
+// Whole pixels that the box touches along an axis, with a margin for interpolation.
+Range window(double start, double extent, int limit, int margin) {
+  const int low = std::clamp(static_cast<int>(std::floor(start)) - margin, 0, limit - 1);
+  return {low, std::clamp(static_cast<int>(std::ceil(start + extent)) + margin, low + 1, limit)};
 }
 
 // Room for `count` bytes and for wide reads past them.
@@ -154,30 +70,23 @@ void grow(std::vector<uint8_t>& buffer, size_t count) {
   if (buffer.size() < count + 64) buffer.resize(count + 64);
 }
 
-int ceil_div(int a, int b) { return (a + b - 1) / b; }
-
 // Header read, box known: the planes of the MCUs that the box touches, then the resize.
-void decode_planar(Decoder& d, const Plan& plan, uint8_t* out, int out_h, int out_w) {
+void decode_planar(Decoder& d, const Plan& plan, const Output& out) {
   jpeg_decompress_struct& info = d.info;
-  const int by = reduction(info, plan, out_h, out_w);
+  const Box& box = plan.box;
+  const int by = reduction(info, box, out);
   const int mcu_h = 8 * info.max_v_samp_factor, mcu_w = 8 * info.max_h_samp_factor;
-  int low, high;
-  Window mcus;
-  window(plan.top, plan.height, info.image_height, 3 * by, &low, &high);
-  mcus.row0 = low / mcu_h;
-  mcus.row1 = ceil_div(high, mcu_h);
-  window(plan.left, plan.width, info.image_width, 3 * by, &low, &high);
-  mcus.col0 = low / mcu_w;
-  mcus.col1 = ceil_div(high, mcu_w);
-  const uint8_t* stream = info.src->next_input_byte;
-  if (const char* why = d.scan.prepare(info, stream, stream + info.src->bytes_in_buffer, mcus))
-    on_damage(&info, why);
+  const Range down = window(box.top, box.height, info.image_height, 3 * by);
+  const Range across = window(box.left, box.width, info.image_width, 3 * by);
+  const Window mcus{down.low / mcu_h, ceil_div(down.high, mcu_h), across.low / mcu_w,
+                    ceil_div(across.high, mcu_w)};
+  d.scan.prepare(info, mcus);
   info.scale_num = 8 / by;
   info.scale_denom = 8;
   info.raw_data_out = TRUE;
   info.dct_method = JDCT_ISLOW;
   jpeg_start_decompress(&info);
-  d.scan.attach(info, on_damage);
+  d.scan.attach(info);
   const int block = info.MIN_DCT_SIZE;
   const int lines = info.max_v_samp_factor * block;  // output lines of one row of MCUs
   const int mcu_rows = mcus.row1 - mcus.row0, mcu_cols = mcus.col1 - mcus.col0;
@@ -189,14 +98,12 @@ void decode_planar(Decoder& d, const Plan& plan, uint8_t* out, int out_h, int ou
     const ptrdiff_t stride = (ptrdiff_t(mcu_cols) * cols + 63) / 64 * 64;
     grow(d.planes[c], stride * rows * mcu_rows);
     d.rows[c].resize(rows);
-    planes[c].data = d.planes[c].data();
-    planes[c].stride = stride;
-    planes[c].cols = comp.downsampled_width;
-    planes[c].rows = comp.downsampled_height;
     // libjpeg interpolates with 3/4 and 1/4; of `by` pixels that became one, the outermost alone
     // takes from the neighbour.
-    planes[c].halved_x = info.max_h_samp_factor * block > cols ? 0.25 / by : 0;
-    planes[c].halved_y = info.max_v_samp_factor * block > rows ? 0.25 / by : 0;
+    const double share = 0.25 / by;
+    planes[c] = Plane{d.planes[c].data(), stride, int(comp.downsampled_height),
+                      int(comp.downsampled_width), lines > rows ? share : 0,
+                      info.max_h_samp_factor * block > cols ? share : 0};
   }
   for (int r = 0; r < mcu_rows; ++r) {
     for (int c = 0; c < 3; ++c) {
@@ -208,13 +115,14 @@ void decode_planar(Decoder& d, const Plan& plan, uint8_t* out, int out_h, int ou
     jpeg_read_raw_data(&info, pointers, lines);
   }
   jpeg_abort_decompress(&info);
-  resize_planes(planes, true, (plan.top - mcus.row0 * mcu_h) / by,
-                (plan.left - mcus.col0 * mcu_w) / by, plan.height / by, plan.width / by, plan.flip,
-                plan.shift, out, out_h, out_w);
+  resize_planes(planes, true,
+                {(box.top - mcus.row0 * mcu_h) / by, (box.left - mcus.col0 * mcu_w) / by,
+                 box.height / by, box.width / by},
+                plan, out);
 }
 
-// Interleaved RGB rows [low, high) of the picture, at 1/by of its size, into `d.picture`.
-void decode_rgb(Decoder& d, int by, int low, int high) {
+// Interleaved RGB rows of the picture, at 1/by of its size, into `d.picture`.
+void decode_rgb(Decoder& d, int by, Range rows) {
   jpeg_decompress_struct& info = d.info;
   info.scale_num = 8 / by;
   info.scale_denom = 8;
@@ -223,80 +131,95 @@ void decode_rgb(Decoder& d, int by, int low, int high) {
   jpeg_start_decompress(&info);
   const size_t pitch = size_t(info.output_width) * 3;
   d.row.resize(pitch);
-  d.picture.resize(pitch * (high - low));
-  while (static_cast<int>(info.output_scanline) < high) {
+  d.picture.resize(pitch * (rows.high - rows.low));
+  while (static_cast<int>(info.output_scanline) < rows.high) {
     const int y = info.output_scanline;
-    JSAMPROW row = y < low ? d.row.data() : d.picture.data() + pitch * (y - low);
+    JSAMPROW row = y < rows.low ? d.row.data() : d.picture.data() + pitch * (y - rows.low);
     jpeg_read_scanlines(&info, &row, 1);
   }
   jpeg_abort_decompress(&info);
 }
 
-// Resample interleaved pixels: rows [0, rows), `cols` wide; the box is relative to them.
-void resize_interleaved(Decoder& d, const uint8_t* pixels, int rows, int cols, double top,
-                        double left, double height, double width, const Plan& plan, uint8_t* out,
-                        int out_h, int out_w) {
-  int x0, x1;
-  window(left, width, cols, 2, &x0, &x1);
-  const ptrdiff_t stride = (x1 - x0 + 63) / 64 * 64;
+// Rows of the picture that have been decoded: RGB [rows, cols, 3], from row `first` on.
+struct Strip {
+  const uint8_t* pixels;
+  int first, rows, cols;
+};
+
+// Resample; the strip comes from a picture at 1/by of its size. Strips are passed by value: pixels
+// that are written could else be these very numbers, to the compiler.
+void resize_strip(Decoder& d, Strip strip, int by, const Plan& plan, const Output& out) {
+  const double left = plan.box.left / by, width = plan.box.width / by;
+  const auto [x0, x1] = window(left, width, strip.cols, 2);
+  const int cols = x1 - x0;
+  const ptrdiff_t stride = (cols + 63) / 64 * 64;
   Plane planes[3];
   for (int c = 0; c < 3; ++c) {
-    grow(d.planes[c], stride * rows);
+    grow(d.planes[c], stride * strip.rows);
     uint8_t* plane = d.planes[c].data();
-    for (int y = 0; y < rows; ++y) {
-      const uint8_t* source = pixels + (ptrdiff_t(y) * cols + x0) * 3 + c;
-      for (int x = 0; x < x1 - x0; ++x) plane[y * stride + x] = source[3 * x];
+    for (int y = 0; y < strip.rows; ++y) {
+      const uint8_t* source = strip.pixels + (ptrdiff_t(y) * strip.cols + x0) * 3 + c;
+      for (int x = 0; x < cols; ++x) plane[y * stride + x] = source[3 * x];
     }
-    planes[c] = Plane{plane, stride, rows, x1 - x0, 0, 0};
+    planes[c] = Plane{plane, stride, strip.rows, cols, 0, 0};
   }
-  resize_planes(planes, false, top, left - x0, height, width, plan.flip, plan.shift, out, out_h,
-                out_w);
+  resize_planes(planes, false,
+                {plan.box.top / by - strip.first, left - x0, plan.box.height / by, width}, plan,
+                out);
 }
 
-// Whole-pixel crop without resampling; where the box leaves the picture, `pad` shows.
-void copy_box(const uint8_t* pixels, int first_row, int rows, int cols, const Plan& plan,
-              const uint8_t* pad, uint8_t* out, int out_h, int out_w) {
-  const int top = static_cast<int>(std::lrint(plan.top)), left = static_cast<int>(std::lrint(plan.left));
+// Whole-pixel crop without resampling; where the box leaves the picture, `out.pad` shows.
+void copy_box(Strip strip, const Plan& plan, Output out) {
+  const int top = static_cast<int>(std::lrint(plan.box.top)) - strip.first;
+  const int left = static_cast<int>(std::lrint(plan.box.left));
+  const int begin = std::clamp(-left, 0, out.width);  // columns of the box within the picture
+  const int end = std::clamp(strip.cols - left, begin, out.width);
+  const ptrdiff_t pitch = ptrdiff_t(out.width) * 3, step = plan.flip ? -3 : 3;
   int shift[3];
   for (int c = 0; c < 3; ++c) shift[c] = static_cast<int>(std::lrint(plan.shift[c]));
   const bool shifted = shift[0] || shift[1] || shift[2];
-  for (int y = 0; y < out_h; ++y) {
-    const int row = y + top - first_row;
-    for (int x = 0; x < out_w; ++x) {
-      const int at = plan.flip ? out_w - 1 - x : x;
-      const int col = at + left;
-      uint8_t* to = out + (ptrdiff_t(y) * out_w + x) * 3;
-      const bool inside = row >= 0 && row < rows && col >= 0 && col < cols;
-      const uint8_t* from = inside ? pixels + (ptrdiff_t(row) * cols + col) * 3
-                                   : pad + (ptrdiff_t(y) * out_w + x) * 3;
-      if (inside && shifted)
-        for (int c = 0; c < 3; ++c) to[c] = static_cast<uint8_t>(std::clamp(from[c] + shift[c], 0, 255));
+  for (int y = 0; y < out.height; ++y) {
+    std::memcpy(out.pixels + y * pitch, out.pad + y * pitch, pitch);
+    const int row = y + top;
+    if (row < 0 || row >= strip.rows) continue;
+    const uint8_t* from = strip.pixels + (ptrdiff_t(row) * strip.cols + left + begin) * 3;
+    uint8_t* to = out.pixels + y * pitch + 3 * (plan.flip ? out.width - 1 - begin : begin);
+    for (int x = begin; x < end; ++x, from += 3, to += step)
+      if (shifted)
+        for (int c = 0; c < 3; ++c) to[c] = uint8_t(std::clamp(from[c] + shift[c], 0, 255));
       else
         std::memcpy(to, from, 3);
-    }
   }
 }
 
-int check_plan(Decoder& d, const Plan& plan, int height, int width, int out_h, int out_w) {
-  const double values[] = {plan.top, plan.left, plan.height, plan.width,
-                           plan.shift[0], plan.shift[1], plan.shift[2]};
-  for (double value : values)
-    if (!std::isfinite(value) || std::fabs(value) > 1e6) return fail(d, kPlan, "plan is not finite");
-  if (out_h < 1 || out_w < 1 || out_h > 65536 || out_w > 65536)
-    return fail(d, kPlan, "output size is out of range");
-  if (plan.num_ops < 0 || plan.num_ops > kMaxOps) return fail(d, kPlan, "too many operations");
+// The rows that the plan needs of a picture that is `height` / `by` rows high.
+Range rows_needed(const Plan& plan, int height, int by, const Output& out) {
+  if (!plan.copy)
+    return window(plan.box.top / by, plan.box.height / by, ceil_div(height, by), 2);
+  const int top = static_cast<int>(std::lrint(plan.box.top)), low = std::clamp(top, 0, height - 1);
+  return {low, std::clamp(top + out.height, low + 1, height)};
+}
+
+int check_plan(const Plan& plan, int height, int width, const Output& out) {
+  const Box& box = plan.box;
+  for (double value : {box.top, box.left, box.height, box.width, double(plan.shift[0]),
+                       double(plan.shift[1]), double(plan.shift[2])})
+    if (!std::isfinite(value) || std::fabs(value) > 1e6) return fail(kPlan, "plan is not finite");
+  if (out.height < 1 || out.width < 1 || out.height > 65536 || out.width > 65536)
+    return fail(kPlan, "output size is out of range");
+  if (plan.num_ops < 0 || plan.num_ops > kMaxOps) return fail(kPlan, "too many operations");
   for (int i = 0; i < plan.num_ops; ++i) {
     const Op& op = plan.ops[i];
     for (float value : {op.a, op.b, op.c, op.d})
       if (!std::isfinite(value) || std::fabs(value) > 1e6f)
-        return fail(d, kPlan, "an operation is not finite");
+        return fail(kPlan, "an operation is not finite");
   }
-  if (plan.height <= 0 || plan.width <= 0) return fail(d, kPlan, "the crop is empty");
+  if (box.height <= 0 || box.width <= 0) return fail(kPlan, "the crop is empty");
   for (float value : plan.shift)
-    if (std::fabs(value) > 255) return fail(d, kPlan, "colour shift is out of range");
-  if (!plan.copy && (plan.top < -1e-3 || plan.left < -1e-3 || plan.top + plan.height > height + 1e-3 ||
-                     plan.left + plan.width > width + 1e-3))
-    return fail(d, kPlan, "the crop leaves the picture");
+    if (std::fabs(value) > 255) return fail(kPlan, "colour shift is out of range");
+  if (!plan.copy && (box.top < -1e-3 || box.left < -1e-3 || box.top + box.height > height + 1e-3 ||
+                     box.left + box.width > width + 1e-3))
+    return fail(kPlan, "the crop leaves the picture");
   return kOk;
 }
 
@@ -309,98 +232,76 @@ int read_stored(Decoder& d, int file, uint64_t offset, uint64_t size) {
     if (count > 0) {
       done += count;
     } else if (count == 0) {
-      return fail(d, kRead, "its shard was cut off while in use");
+      return fail(kRead, "its shard was cut off while in use");
     } else if (errno != EINTR) {
-      std::snprintf(d.message, sizeof d.message, "cannot be read (%s)", strerror(errno));
-      return kRead;
+      return fail(kRead, "cannot be read (%s)", strerror(errno));
     }
   }
   return kOk;
 }
 
 int decode_jpeg(Decoder& d, const uint8_t* data, uint64_t size, int height, int width,
-                const Plan& plan, const uint8_t* pad, uint8_t* out, int out_h, int out_w) {
+                const Plan& plan, const Output& out) {
   jpeg_decompress_struct& info = d.info;
-  d.failure.damage = nullptr;
-  if (setjmp(d.failure.jump)) return fail_jpeg(d);
+  if (setjmp(d.errors.escape)) {
+    jpeg_abort_decompress(&info);
+    return fail(kCorrupt, "JPEG does not decode: %s", d.errors.text);
+  }
   jpeg_mem_src(&info, const_cast<uint8_t*>(data), size);
   jpeg_read_header(&info, TRUE);
-  if (static_cast<int>(info.image_height) != height || static_cast<int>(info.image_width) != width) {
-    std::snprintf(d.message, sizeof d.message,
-                  "JPEG is %u x %u (height x width), its metadata say %d x %d", info.image_height,
-                  info.image_width, height, width);
+  if (int(info.image_height) != height || int(info.image_width) != width) {
+    fail(kMismatch, "JPEG is %u x %u (height x width), its metadata say %d x %d", info.image_height,
+         info.image_width, height, width);
     jpeg_abort_decompress(&info);
     return kMismatch;
   }
-  if (plan.copy) {
-    const int top = static_cast<int>(std::lrint(plan.top));
-    const int low = std::clamp(top, 0, height - 1);
-    const int high = std::clamp(top + out_h, low + 1, height);
-    decode_rgb(d, 1, low, high);
-    copy_box(d.picture.data(), low, high - low, width, plan, pad, out, out_h, out_w);
-  } else if (planar(info)) {
-    decode_planar(d, plan, out, out_h, out_w);
-  } else {
-    const int by = reduction(info, plan, out_h, out_w);
-    int low, high;
-    window(plan.top / by, plan.height / by, ceil_div(height, by), 2, &low, &high);
-    decode_rgb(d, by, low, high);
-    resize_interleaved(d, d.picture.data(), high - low, ceil_div(width, by), plan.top / by - low,
-                       plan.left / by, plan.height / by, plan.width / by, plan, out, out_h, out_w);
+  if (!plan.copy && plain_colours(info) && ScanReader::supports(info)) {
+    decode_planar(d, plan, out);
+    return kOk;
   }
+  const int by = plan.copy ? 1 : reduction(info, plan.box, out);
+  const Range rows = rows_needed(plan, height, by, out);
+  decode_rgb(d, by, rows);
+  const Strip strip{d.picture.data(), rows.low, rows.high - rows.low, ceil_div(width, by)};
+  plan.copy ? copy_box(strip, plan, out) : resize_strip(d, strip, by, plan, out);
   return kOk;
 }
 
 int decode_raw(Decoder& d, const uint8_t* data, uint64_t size, int height, int width,
-               const Plan& plan, const uint8_t* pad, uint8_t* out, int out_h, int out_w) {
+               const Plan& plan, const Output& out) {
   if (size != uint64_t(height) * width * 3)
-    return fail(d, kMismatch, "raw image has not height x width x 3 bytes");
-  if (plan.copy) {
-    copy_box(data, 0, height, width, plan, pad, out, out_h, out_w);
-    return kOk;
-  }
-  int low, high;
-  window(plan.top, plan.height, height, 2, &low, &high);
-  resize_interleaved(d, data + ptrdiff_t(low) * width * 3, high - low, width, plan.top - low,
-                     plan.left, plan.height, plan.width, plan, out, out_h, out_w);
+    return fail(kMismatch, "raw image has not height x width x 3 bytes");
+  const auto [low, high] = rows_needed(plan, height, 1, out);
+  const Strip strip{data + ptrdiff_t(low) * width * 3, low, high - low, width};
+  plan.copy ? copy_box(strip, plan, out) : resize_strip(d, strip, 1, plan, out);
   return kOk;
 }
 
 }  // namespace
 
-// One image. `check`: compare `digest` with the bytes first. Returns a Status.
-EXPORT int rd_decode(const uint8_t* data, uint64_t size, uint64_t digest, int check, int mode,
-                     int height, int width, const Plan* plan, const uint8_t* pad, uint8_t* out,
-                     int out_h, int out_w) {
-  Decoder& d = decoder();
+// One image: the `size` bytes at `data`, or, where that is null, at `offset` of the open `file`.
+// `check`: compare `digest` with the bytes first. Returns a Status.
+EXPORT int rd_decode(const uint8_t* data, int file, uint64_t offset, uint64_t size, uint64_t digest,
+                     int check, int mode, int height, int width, const Plan* plan,
+                     const uint8_t* pad, uint8_t* pixels, int out_h, int out_w) {
+  static thread_local Decoder d;
+  const Output out{pixels, out_h, out_w, pad};
+  if (!data) {
+    if (int status = read_stored(d, file, offset, size)) return status;
+    data = d.stored.data();
+  }
   if (check && XXH3_64bits(data, size) != digest)
-    return fail(d, kDigest, "its bytes do not match the hash recorded when it was converted");
-  if (int status = check_plan(d, *plan, height, width, out_h, out_w)) return status;
-  int status = kMismatch;
-  if (mode == kJpeg)
-    status = decode_jpeg(d, data, size, height, width, *plan, pad, out, out_h, out_w);
-  else if (mode == kRaw)
-    status = decode_raw(d, data, size, height, width, *plan, pad, out, out_h, out_w);
-  else
-    fail(d, kMismatch, "unknown image mode");
-  if (status == kOk && plan->num_ops) apply_ops(*plan, out, out_h, out_w, pad);
-  return status;
-}
-
-// The same for bytes in a file.
-EXPORT int rd_decode_stored(int file, uint64_t offset, uint64_t size, uint64_t digest, int check,
-                            int mode, int height, int width, const Plan* plan, const uint8_t* pad,
-                            uint8_t* out, int out_h, int out_w) {
-  Decoder& d = decoder();
-  if (int status = read_stored(d, file, offset, size)) return status;
-  return rd_decode(d.stored.data(), size, digest, check, mode, height, width, plan, pad, out, out_h,
-                   out_w);
+    return fail(kDigest, "its bytes do not match the hash recorded when it was converted");
+  if (int status = check_plan(*plan, height, width, out)) return status;
+  if (mode != kJpeg && mode != kRaw) return fail(kMismatch, "unknown image mode");
+  const auto decode = mode == kJpeg ? decode_jpeg : decode_raw;
+  if (int status = decode(d, data, size, height, width, *plan, out)) return status;
+  apply_ops(*plan, out);
+  return kOk;
 }
 
 // Why the last call of this thread failed.
-EXPORT const char* rd_last_error() { return decoder().message; }
-
-EXPORT uint64_t rd_digest(const uint8_t* data, uint64_t size) { return XXH3_64bits(data, size); }
+EXPORT const char* rd_last_error() { return last_error; }
 
 EXPORT uint64_t rd_plan_bytes() { return sizeof(Plan); }
 

@@ -11,7 +11,9 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
+#include <numeric>
+
+#include "strict.h"
 
 // libjpeg's interface between entropy decoding and the rest, as in its jpegint.h, which not every
 // distribution installs. Unchanged since 1998; a test compares pixels with plain libjpeg.
@@ -33,79 +35,36 @@ constexpr uint8_t kOrder[64 + 16] = {
     29, 22, 15, 23, 30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54,
     47, 55, 62, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63, 63};
 
-int extend(int bits, int size) {  // ITU-T T.81, F.2.2.1
-  return bits < (1 << (size - 1)) ? bits - (1 << size) + 1 : bits;
-}
-
 }  // namespace
 
-struct HuffmanTable {
-  uint8_t counts[17], symbols[256];  // what it was built from
+struct HuffmanTable : Code {
   // value << 16 | run << 8 | bits, where code and value fit in kPeek bits; 0 otherwise.
   uint32_t fast[1 << kPeek];
   // bits << 8 | symbol of the code, where it fits in kPeek bits; 0 otherwise.
   uint16_t code[1 << kPeek];
-  int32_t max_code[18], offset[17];  // for longer codes; ITU-T T.81, F.2.2.3
 
-  void build(const JHUFF_TBL& source, bool dc);
-};
-
-void HuffmanTable::build(const JHUFF_TBL& source, bool dc) {
-  std::memcpy(counts, source.bits, sizeof counts);
-  std::memcpy(symbols, source.huffval, sizeof symbols);
-  std::memset(fast, 0, sizeof fast);
-  std::memset(code, 0, sizeof code);
-  int next_code = 0, index = 0;
-  for (int length = 1; length <= 16; ++length) {
-    offset[length] = index - next_code;
-    for (int i = 0; i < counts[length] && index < 256; ++i, ++index, ++next_code) {
-      if (length > kPeek) continue;
-      const int symbol = symbols[index], size = symbol & 15, rest = kPeek - length;
-      const int from = next_code << rest;
-      for (int tail = 0; tail < 1 << rest && from + tail < 1 << kPeek; ++tail) {
-        code[from + tail] = static_cast<uint16_t>(length << 8 | symbol);
-        if (size > rest || (!size && !dc)) continue;
-        const int value = size ? extend(tail >> (rest - size), size) : 0;
-        fast[from + tail] = static_cast<uint32_t>(value) << 16 |
-                            static_cast<uint32_t>(symbol >> 4) << 8 |
-                            static_cast<uint32_t>(length + size);
+  bool build() {
+    return assign([this](int symbol, int bits, int length) {
+      const int size = symbol & 15, rest = kPeek - length;
+      for (int tail = 0; rest >= 0 && tail < 1 << rest; ++tail) {
+        const int next = bits << rest | tail;
+        code[next] = static_cast<uint16_t>(length << 8 | symbol);
+        if (size > rest || (!size && !is_dc)) continue;
+        fast[next] = static_cast<uint32_t>(extend(tail >> (rest - size), size)) << 16 |
+                     static_cast<uint32_t>(symbol >> 4) << 8 |
+                     static_cast<uint32_t>(length + size);
       }
-    }
-    max_code[length] = counts[length] ? next_code - 1 : -1;
-    next_code <<= 1;
+      return true;
+    });
   }
-  max_code[17] = 0x7fffffff;
-}
+};
 
 namespace {
 
-// Tables of this thread, by content: nearly all files use the standard's, and building one costs 3 us.
-const HuffmanTable* table_for(const JHUFF_TBL& source, bool dc) {
-  constexpr int kKept = 16;
-  struct Kept {
-    bool dc = false;
-    uint64_t used = 0;
-    std::unique_ptr<HuffmanTable> table;
-  };
-  static thread_local Kept kept[kKept];
-  static thread_local uint64_t clock = 0;
-  // The least recently used one goes. A picture needs at most 8, so it never loses one of its own.
-  Kept* oldest = kept;
-  ++clock;
-  for (Kept& entry : kept) {
-    if (entry.table && entry.dc == dc &&
-        !std::memcmp(entry.table->counts, source.bits, sizeof source.bits) &&
-        !std::memcmp(entry.table->symbols, source.huffval, sizeof source.huffval)) {
-      entry.used = clock;
-      return entry.table.get();
-    }
-    if (entry.used < oldest->used) oldest = &entry;
-  }
-  if (!oldest->table) oldest->table = std::make_unique<HuffmanTable>();
-  oldest->table->build(source, dc);
-  oldest->dc = dc;
-  oldest->used = clock;
-  return oldest->table.get();
+const HuffmanTable* table_for(const JHUFF_TBL& source, bool is_dc) {
+  static thread_local TableCache<HuffmanTable, 16> tables;
+  const int total = std::accumulate(source.bits + 1, source.bits + 17, 0);
+  return tables.get(source.bits + 1, source.huffval, total, is_dc);
 }
 
 }  // namespace
@@ -119,18 +78,21 @@ bool ScanReader::supports(const jpeg_decompress_struct& info) {
   return blocks <= D_MAX_BLOCKS_IN_MCU;
 }
 
-const char* ScanReader::prepare(jpeg_decompress_struct& info, const uint8_t* data,
-                                const uint8_t* end, const Window& window) {
+void ScanReader::damaged(const char* why) { give_up(info_, why); }
+
+void ScanReader::prepare(jpeg_decompress_struct& info, const Window& window) {
+  info_ = reinterpret_cast<j_common_ptr>(&info);
   const int mcu_w = 8 * info.max_h_samp_factor, mcu_h = 8 * info.max_v_samp_factor;
   const int width = info.image_width, height = info.image_height;
-  mcus_per_row_ = (width + mcu_w - 1) / mcu_w;
+  mcus_per_row_ = ceil_div(width, mcu_w);
   window_ = window;
   interval_ = info.restart_interval;
-  const int total = mcus_per_row_ * ((height + mcu_h - 1) / mcu_h);
+  const int total = mcus_per_row_ * ceil_div(height, mcu_h);
   const int first_mcu = window.row0 * mcus_per_row_ + window.col0;
   const int last_mcu = (window.row1 - 1) * mcus_per_row_ + window.col1 - 1;
   if (!interval_) interval_ = total;
-  if (const char* why = collect(data, end, first_mcu / interval_, last_mcu / interval_)) return why;
+  const uint8_t* data = info.src->next_input_byte;
+  collect(data, data + info.src->bytes_in_buffer, first_mcu / interval_, last_mcu / interval_);
 
   info.image_width = std::min(width - window.col0 * mcu_w, (window.col1 - window.col0) * mcu_w);
   info.image_height = std::min(height - window.row0 * mcu_h, (window.row1 - window.row0) * mcu_h);
@@ -140,14 +102,13 @@ const char* ScanReader::prepare(jpeg_decompress_struct& info, const uint8_t* dat
     jpeg_component_info& comp = info.comp_info[c];
     const int across = comp.h_samp_factor * static_cast<int>(info.image_width);
     const int down = comp.v_samp_factor * static_cast<int>(info.image_height);
-    comp.width_in_blocks = (across + mcu_w - 1) / mcu_w;
-    comp.height_in_blocks = (down + mcu_h - 1) / mcu_h;
+    comp.width_in_blocks = ceil_div(across, mcu_w);
+    comp.height_in_blocks = ceil_div(down, mcu_h);
   }
-  return nullptr;
 }
 
 // The segments [first, last] of the scan, with stuffed zeros removed.
-const char* ScanReader::collect(const uint8_t* data, const uint8_t* end, int first, int last) {
+void ScanReader::collect(const uint8_t* data, const uint8_t* end, int first, int last) {
   segments_.clear();
   first_segment_ = first;
   bytes_.resize(end - data + kSlack);
@@ -157,14 +118,14 @@ const char* ScanReader::collect(const uint8_t* data, const uint8_t* end, int fir
   size_t start = 0;
   while (true) {
     const auto* mark = static_cast<const uint8_t*>(std::memchr(at, 0xFF, end - at));
-    if (!mark) return "the stream ends without a marker";
+    if (!mark) damaged("the stream ends without a marker");
     if (segment >= first) {
       std::memcpy(out, at, mark - at);
       out += mark - at;
     }
     const uint8_t* code = mark + 1;
     while (code < end && *code == 0xFF) ++code;  // fill bytes
-    if (code == end) return "the stream ends inside a marker";
+    if (code == end) damaged("the stream ends inside a marker");
     at = code + 1;
     if (*code == 0) {
       if (segment >= first) *out++ = 0xFF;
@@ -176,15 +137,13 @@ const char* ScanReader::collect(const uint8_t* data, const uint8_t* end, int fir
       start = stop;
     }
     if (segment == last) break;
-    if (*code != JPEG_RST0 + segment % 8) return "a restart marker is missing or out of order";
+    if (*code != JPEG_RST0 + segment % 8) damaged("a restart marker is missing or out of order");
     ++segment;
   }
   std::memset(out, 0, kSlack);
-  return nullptr;
 }
 
-void ScanReader::attach(jpeg_decompress_struct& info,
-                        void (*on_damage)(j_decompress_ptr, const char*)) {
+void ScanReader::attach(jpeg_decompress_struct& info) {
   blocks_in_mcu_ = info.blocks_in_MCU;
   for (int b = 0; b < blocks_in_mcu_; ++b) {
     const int c = info.MCU_membership[b];
@@ -197,98 +156,37 @@ void ScanReader::attach(jpeg_decompress_struct& info,
   row_ = window_.row0;
   col_ = window_.col0;
   segment_ = -1;
-  on_damage_ = on_damage;
   info.client_data = this;
   info.entropy->decode_mcu = decode_mcu;
 }
 
-boolean ScanReader::decode_mcu(j_decompress_ptr info, JBLOCKROW* blocks) {
-  auto* reader = static_cast<ScanReader*>(info->client_data);
-  if (const char* why = reader->next_mcu(blocks)) reader->on_damage_(info, why);
-  return TRUE;
-}
-
-const char* ScanReader::next_mcu(JBLOCKROW* blocks) {
-  if (col_ == window_.col0 || mcu_ % interval_ == 0)
-    if (const char* why = seek(row_ * mcus_per_row_ + col_)) return why;
-  if (const char* why = read_mcu<true>(blocks)) return why;
-  if (++col_ == window_.col1) {
-    col_ = window_.col0;
-    ++row_;
-  }
-  return nullptr;
-}
-
-// Stand before `mcu`: jump to its segment, then parse what precedes it there.
-const char* ScanReader::seek(int mcu) {
-  const int segment = mcu / interval_;
-  if (segment != segment_) enter(segment);
-  while (mcu_ < mcu)
-    if (const char* why = read_mcu<false>(nullptr)) return why;
-  return nullptr;
-}
-
-void ScanReader::enter(int segment) {
-  const Segment& s = segments_[segment - first_segment_];
-  segment_ = segment;
-  mcu_ = segment * interval_;
-  std::fill(std::begin(predictor_), std::end(predictor_), 0);
-  bits_ = 0;
-  count_ = 0;
-  next_ = bytes_.data() + s.start;
-  segment_end_ = bytes_.data() + s.end;
-}
-
 namespace {
 
-struct Bits {
-  uint64_t bits;
-  int count;
-  const uint8_t* next;
-
-  inline void refill() {  // at least 56 bits
-    uint64_t word;
-    std::memcpy(&word, next, 8);
-    bits |= __builtin_bswap64(word) >> count;
-    next += (63 - count) >> 3;
-    count |= 56;
-  }
-  inline void drop(int n) {
-    bits <<= n;
-    count -= n;
-  }
-};
-
 // A symbol whose code may be longer than kPeek bits; -1 where there is no such code.
-inline int read_symbol(Bits& b, const HuffmanTable& table) {
-  const unsigned entry = table.code[b.bits >> (64 - kPeek)];
+inline int read_symbol(BitReader& b, const HuffmanTable& table) {
+  const unsigned entry = table.code[b.word >> (64 - kPeek)];
   if (entry) {
     b.drop(entry >> 8);
     return entry & 255;
   }
-  for (int length = kPeek + 1; length <= 16; ++length) {
-    const int code = static_cast<int>(b.bits >> (64 - length));
-    if (code <= table.max_code[length]) {
-      b.drop(length);
-      return table.symbols[(code + table.offset[length]) & 255];
-    }
-  }
-  return -1;
+  int symbol, length;
+  if (!table.find(b.word, kPeek + 1, &symbol, &length)) return -1;
+  b.drop(length);
+  return symbol;
 }
 
-inline int read_value(Bits& b, int size) {
-  const int bits = static_cast<int>(b.bits >> (64 - size));
+inline int read_value(BitReader& b, int size) {
+  const int bits = static_cast<int>(b.word >> (64 - size));
   b.drop(size);
   return extend(bits, size);
 }
 
 // One block. Returns false where the code is damaged.
 template <bool kStore>
-inline __attribute__((always_inline)) bool read_block(Bits& b, const HuffmanTable& dc,
-                                                      const HuffmanTable& ac, int& predictor,
-                                                      JCOEF* out) {
+INLINE bool read_block(BitReader& b, const HuffmanTable& dc, const HuffmanTable& ac, int& predictor,
+                       JCOEF* out) {
   b.refill();
-  uint32_t entry = dc.fast[b.bits >> (64 - kPeek)];
+  uint32_t entry = dc.fast[b.word >> (64 - kPeek)];
   if (entry) {
     b.drop(entry & 255);
     predictor += static_cast<int32_t>(entry) >> 16;
@@ -302,7 +200,7 @@ inline __attribute__((always_inline)) bool read_block(Bits& b, const HuffmanTabl
   while (true) {
     b.refill();
     for (int i = 0; i < 5; ++i) {  // five times kPeek bits fit in what one refill gives
-      entry = ac.fast[b.bits >> (64 - kPeek)];
+      entry = ac.fast[b.word >> (64 - kPeek)];
       if (!entry) break;
       k += entry >> 8 & 255;
       b.drop(entry & 255);
@@ -328,17 +226,39 @@ inline __attribute__((always_inline)) bool read_block(Bits& b, const HuffmanTabl
 }  // namespace
 
 template <bool kStore>
-const char* ScanReader::read_mcu(JBLOCKROW* blocks) {
-  Bits b{bits_, count_, next_};
+void ScanReader::read_mcu(JBLOCKROW* blocks) {
+  BitReader b = bits_;
   for (int i = 0; i < blocks_in_mcu_; ++i)
     if (!read_block<kStore>(b, *dc_[i], *ac_[i], predictor_[component_of_[i]],
                             kStore ? blocks[i][0] : nullptr))
-      return "a code does not exist, or a block has more than 64 coefficients";
+      damaged("a code does not exist, or a block has more than 64 coefficients");
   // Bytes taken, less whole bytes still unused.
-  if (b.next - b.count / 8 > segment_end_) return "the data end before the picture";
-  bits_ = b.bits;
-  count_ = b.count;
-  next_ = b.next;
+  if (b.next - b.count / 8 > segment_end_) damaged("the data end before the picture");
+  bits_ = b;
   ++mcu_;
-  return nullptr;
+}
+
+boolean ScanReader::decode_mcu(j_decompress_ptr info, JBLOCKROW* blocks) {
+  auto& reader = *static_cast<ScanReader*>(info->client_data);
+  if (reader.col_ == reader.window_.col0 || reader.mcu_ % reader.interval_ == 0)
+    reader.seek(reader.row_ * reader.mcus_per_row_ + reader.col_);
+  reader.read_mcu<true>(blocks);
+  if (++reader.col_ == reader.window_.col1) {
+    reader.col_ = reader.window_.col0;
+    ++reader.row_;
+  }
+  return TRUE;
+}
+
+// Stand before `mcu`: jump to its segment, then parse what precedes it there.
+void ScanReader::seek(int mcu) {
+  if (const int segment = mcu / interval_; segment != segment_) {
+    const Segment& s = segments_[segment - first_segment_];
+    segment_ = segment;
+    mcu_ = segment * interval_;
+    std::fill(std::begin(predictor_), std::end(predictor_), 0);
+    bits_ = BitReader{bytes_.data() + s.start};
+    segment_end_ = bytes_.data() + s.end;
+  }
+  while (mcu_ < mcu) read_mcu<false>(nullptr);
 }

@@ -24,16 +24,36 @@ inline int16_t saturate(int value) {
 constexpr int16_t kRed = 13173, kGreenCb = 11277, kGreenCr = 23401, kBlue = 25297;  // Q15, less 1
 constexpr int16_t kMiddle = 128 << 7, kHalf = 1 << 6;
 
+uint8_t level(int16_t value, int16_t shift) {
+  const int16_t whole = std::clamp<int16_t>(value, 0, 255 << 7);
+  return static_cast<uint8_t>(std::clamp(saturate(saturate(whole + shift) + kHalf) >> 7, 0, 255));
+}
+
+// Columns [from, out_w) of `Kernels::interleave`.
+void interleave_from(int from, const int16_t* const rgb[3], const int16_t shift[3], int out_w,
+                     int rows, uint8_t* out) {
+  for (int r = 0; r < rows; ++r)
+    for (int x = from; x < out_w; ++x)
+      for (int c = 0; c < 3; ++c)
+        out[(static_cast<ptrdiff_t>(r) * out_w + x) * 3 + c] =
+            level(rgb[c][x * kLanes + r], shift[c]);
+}
+
 namespace portable {
+
+inline int16_t value(uint8_t sample) { return static_cast<int16_t>(sample << 7); }
+inline int16_t value(int16_t sample) { return sample; }
+
+template <class Sample>
+int16_t weigh(const Sample* from, ptrdiff_t stride, const int16_t* weight, int taps) {
+  int sum = 0;
+  for (int t = 0; t < taps; ++t) sum += mulhrs(value(from[t * stride]), weight[t]);
+  return static_cast<int16_t>(sum);
+}
 
 void vertical(const uint8_t* rows, ptrdiff_t stride, const int16_t* weight, int taps, int cols,
               int16_t* out) {
-  for (int x = 0; x < cols; ++x) {
-    int sum = 0;
-    for (int t = 0; t < taps; ++t)
-      sum += mulhrs(static_cast<int16_t>(rows[t * stride + x] << 7), weight[t]);
-    out[x] = static_cast<int16_t>(sum);
-  }
+  for (int x = 0; x < cols; ++x) out[x] = weigh(rows + x, stride, weight, taps);
 }
 
 void transpose(const int16_t* in, ptrdiff_t stride, int cols, int16_t* out) {
@@ -43,12 +63,9 @@ void transpose(const int16_t* in, ptrdiff_t stride, int cols, int16_t* out) {
 
 void horizontal(const int16_t* in, const Taps& taps, int out_w, int16_t* out) {
   for (int o = 0; o < out_w; ++o)
-    for (int l = 0; l < kLanes; ++l) {
-      int sum = 0;
-      for (int t = 0; t < taps.width; ++t)
-        sum += mulhrs(in[(taps.first[o] + t) * kLanes + l], taps.weight[o * taps.width + t]);
-      out[o * kLanes + l] = static_cast<int16_t>(sum);
-    }
+    for (int l = 0; l < kLanes; ++l)
+      out[o * kLanes + l] = weigh(in + taps.first[o] * kLanes + l, kLanes,
+                                  &taps.weight[o * taps.width], taps.width);
 }
 
 void ycc_to_rgb(int16_t* y, int16_t* cb, int16_t* cr, int count) {
@@ -63,14 +80,7 @@ void ycc_to_rgb(int16_t* y, int16_t* cb, int16_t* cr, int count) {
 
 void interleave(const int16_t* const rgb[3], const int16_t shift[3], int out_w, int rows,
                 uint8_t* out) {
-  for (int r = 0; r < rows; ++r)
-    for (int x = 0; x < out_w; ++x)
-      for (int c = 0; c < 3; ++c) {
-        const int16_t value = std::clamp<int16_t>(rgb[c][x * kLanes + r], 0, 255 << 7);
-        const int level = saturate(saturate(value + shift[c]) + kHalf) >> 7;
-        out[(static_cast<ptrdiff_t>(r) * out_w + x) * 3 + c] =
-            static_cast<uint8_t>(std::clamp(level, 0, 255));
-      }
+  interleave_from(0, rgb, shift, out_w, rows, out);
 }
 
 constexpr Kernels all{vertical, transpose, horizontal, ycc_to_rgb, interleave};
@@ -86,26 +96,32 @@ inline AVX2 __m256i load(const void* at) {
 inline AVX2 void store(void* at, __m256i value) {
   _mm256_storeu_si256(static_cast<__m256i*>(at), value);
 }
-inline AVX2 __m256i pixels(const uint8_t* at) {  // 16 bytes -> 16 values
+inline AVX2 __m256i values(const int16_t* at) { return load(at); }
+inline AVX2 __m256i values(const uint8_t* at) {
   return _mm256_slli_epi16(
       _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at))), 7);
 }
 
+// 32 outputs side by side; a tap of the next lies `stride` samples on.
+template <class Sample>
+inline AVX2 void weigh(const Sample* from, ptrdiff_t stride, const int16_t* weight, int taps,
+                       int16_t* out) {
+  __m256i w = _mm256_set1_epi16(weight[0]);
+  __m256i a = _mm256_mulhrs_epi16(values(from), w);
+  __m256i b = _mm256_mulhrs_epi16(values(from + 16), w);
+  for (int t = 1; t < taps; ++t) {
+    from += stride;
+    w = _mm256_set1_epi16(weight[t]);
+    a = _mm256_add_epi16(a, _mm256_mulhrs_epi16(values(from), w));
+    b = _mm256_add_epi16(b, _mm256_mulhrs_epi16(values(from + 16), w));
+  }
+  store(out, a);
+  store(out + 16, b);
+}
+
 AVX2 void vertical(const uint8_t* rows, ptrdiff_t stride, const int16_t* weight, int taps, int cols,
                    int16_t* out) {
-  for (int x = 0; x < cols; x += 32) {
-    const __m256i first = _mm256_set1_epi16(weight[0]);
-    __m256i a = _mm256_mulhrs_epi16(pixels(rows + x), first);
-    __m256i b = _mm256_mulhrs_epi16(pixels(rows + x + 16), first);
-    for (int t = 1; t < taps; ++t) {
-      const uint8_t* row = rows + t * stride + x;
-      const __m256i w = _mm256_set1_epi16(weight[t]);
-      a = _mm256_add_epi16(a, _mm256_mulhrs_epi16(pixels(row), w));
-      b = _mm256_add_epi16(b, _mm256_mulhrs_epi16(pixels(row + 16), w));
-    }
-    store(out + x, a);
-    store(out + x + 16, b);
-  }
+  for (int x = 0; x < cols; x += 32) weigh(rows + x, stride, weight, taps, out + x);
 }
 
 AVX2 void transpose(const int16_t* in, ptrdiff_t stride, int cols, int16_t* out) {
@@ -134,22 +150,9 @@ AVX2 void transpose(const int16_t* in, ptrdiff_t stride, int cols, int16_t* out)
 }
 
 AVX2 void horizontal(const int16_t* in, const Taps& taps, int out_w, int16_t* out) {
-  const int width = taps.width;
-  const int16_t* w = taps.weight.data();
-  for (int o = 0; o < out_w; ++o, w += width) {
-    const int16_t* from = in + taps.first[o] * kLanes;
-    __m256i weight = _mm256_set1_epi16(w[0]);
-    __m256i a = _mm256_mulhrs_epi16(load(from), weight);
-    __m256i b = _mm256_mulhrs_epi16(load(from + 16), weight);
-    for (int t = 1; t < width; ++t) {
-      from += kLanes;
-      weight = _mm256_set1_epi16(w[t]);
-      a = _mm256_add_epi16(a, _mm256_mulhrs_epi16(load(from), weight));
-      b = _mm256_add_epi16(b, _mm256_mulhrs_epi16(load(from + 16), weight));
-    }
-    store(out + o * kLanes, a);
-    store(out + o * kLanes + 16, b);
-  }
+  const int16_t* weight = taps.weight.data();
+  for (int o = 0; o < out_w; ++o, weight += taps.width)
+    weigh(in + taps.first[o] * kLanes, kLanes, weight, taps.width, out + o * kLanes);
 }
 
 AVX2 void ycc_to_rgb(int16_t* y, int16_t* cb, int16_t* cr, int count) {
@@ -238,14 +241,7 @@ AVX2 void interleave(const int16_t* const rgb[3], const int16_t shift[3], int ou
       }
     }
   }
-  const int done = out_w / 8 * 8;
-  for (int r = 0; r < rows && done < out_w; ++r)
-    for (int x = done; x < out_w; ++x)
-      for (int c = 0; c < 3; ++c) {
-        const int16_t value = std::clamp<int16_t>(rgb[c][x * kLanes + r], 0, 255 << 7);
-        const int level = saturate(saturate(value + shift[c]) + kHalf) >> 7;
-        out[r * pitch + 3 * x + c] = static_cast<uint8_t>(std::clamp(level, 0, 255));
-      }
+  interleave_from(out_w / 8 * 8, rgb, shift, out_w, rows, out);
 }
 
 constexpr Kernels all{vertical, transpose, horizontal, ycc_to_rgb, interleave};

@@ -4,8 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-// What is done to an image's colours or geometry after the crop. Numbers are those of
-// native/__init__.py.
+// What is done to an image's colours or geometry after the crop. Numbers are those of decoder.py.
 enum OpCode : int32_t {
   kNone = 0,
   kBrightness, kContrast, kColor, kSharpness,  // a: factor, 1 changes nothing
@@ -28,18 +27,29 @@ struct Op {
 
 constexpr int kMaxOps = 14;
 
-// What happens to one image. Mirrored by PLAN in native/__init__.py.
+struct Box {
+  double top, left, height, width;  // in pixels, from the corner of a picture
+};
+
+// What happens to one image. Mirrored by PLAN in decoder.py.
 struct Plan {
-  double top, left, height, width;  // the box, in source pixels, from the corner of the image
-  int32_t flip;                     // mirror left-right
-  int32_t copy;                     // 1: no resampling; the box is whole pixels of the output size
-  float shift[3];                   // added to R, G, B, in grey levels, before rounding
-  int32_t num_ops;                  // then these, in order
+  Box box;          // of the source
+  int32_t flip;     // mirror left-right
+  int32_t copy;     // 1: no resampling; the box is whole pixels of the output size
+  float shift[3];   // added to R, G, B, in grey levels, before rounding
+  int32_t num_ops;  // then these, in order
   Op ops[kMaxOps];
 };
 
-// Carry out `plan.ops` on [height, width, 3] in place; `pad` is what lies outside a picture.
-void apply_ops(const Plan& plan, uint8_t* image, int height, int width, const uint8_t* pad);
+// What comes out: RGB [height, width, 3]. `pad`, as large, is what lies outside a picture.
+struct Output {
+  uint8_t* pixels;
+  int height, width;
+  const uint8_t* pad;
+};
+
+// Carry out `plan.ops` in place.
+void apply_ops(const Plan& plan, const Output& out);
 
 // One channel of a decoded window. `data` may be read 64 bytes past the last sample.
 struct Plane {
@@ -51,11 +61,10 @@ struct Plane {
   double halved_y, halved_x;
 };
 
-// Box of the window -> output [out_h, out_w, 3] RGB. Planes are Y, Cb, Cr or R, G, B.
-// `top`, `left`, `height`, `width` are in pixels of the window.
-void resize_planes(const Plane planes[3], bool ycc, double top, double left, double height,
-                   double width, int flip, const float shift[3], uint8_t* out, int out_h,
-                   int out_w);
+// `box` of the window -> output, mirrored and shifted as planned. Planes are Y, Cb, Cr (`ycc`) or
+// R, G, B.
+void resize_planes(const Plane planes[3], bool ycc, const Box& box, const Plan& plan,
+                   const Output& out);
 
 // Output i = sum over t < width of weight[i * width + t] * source[first[i] + t], weights in Q15.
 struct Taps {

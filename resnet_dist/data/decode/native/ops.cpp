@@ -18,11 +18,17 @@ uint8_t luma(const uint8_t* p) {  // ITU-R BT.601 in 16 bits, as Pillow's "L"
   return static_cast<uint8_t>((p[0] * 19595 + p[1] * 38470 + p[2] * 7471 + 0x8000) >> 16);
 }
 
+// Every value becomes f(value).
+template <class F>
+void map_values(uint8_t* image, size_t count, F f) {
+  uint8_t table[256];
+  for (int v = 0; v < 256; ++v) table[v] = static_cast<uint8_t>(f(v));
+  for (size_t i = 0; i < count; ++i) image[i] = table[image[i]];
+}
+
 // out = from + factor * (image - from), `from` being a constant.
 void blend(uint8_t* image, size_t count, int from, float factor) {
-  uint8_t table[256];
-  for (int v = 0; v < 256; ++v) table[v] = clip(from + factor * (v - from));
-  for (size_t i = 0; i < count; ++i) image[i] = table[image[i]];
+  map_values(image, count, [=](int v) { return clip(from + factor * (v - from)); });
 }
 
 void contrast(uint8_t* image, size_t pixels, float factor) {
@@ -32,8 +38,7 @@ void contrast(uint8_t* image, size_t pixels, float factor) {
 }
 
 void color(uint8_t* image, size_t pixels, float factor) {
-  for (size_t i = 0; i < pixels; ++i) {
-    uint8_t* p = image + 3 * i;
+  for (uint8_t* p = image; p < image + 3 * pixels; p += 3) {
     const int grey = luma(p);
     for (int c = 0; c < 3; ++c) p[c] = clip(grey + factor * (p[c] - grey));
   }
@@ -53,55 +58,46 @@ void sharpness(uint8_t* image, int height, int width, float factor, std::vector<
     }
 }
 
-void histogram(const uint8_t* image, size_t pixels, int channel, uint32_t counts[256]) {
-  std::memset(counts, 0, 256 * sizeof *counts);
-  for (size_t i = 0; i < pixels; ++i) ++counts[image[3 * i + channel]];
-}
-
-void look_up(uint8_t* image, size_t pixels, int channel, const uint8_t table[256]) {
-  for (size_t i = 0; i < pixels; ++i) image[3 * i + channel] = table[image[3 * i + channel]];
-}
-
-void auto_contrast(uint8_t* image, size_t pixels) {
-  uint32_t counts[256];
-  uint8_t table[256];
-  for (int c = 0; c < 3; ++c) {
-    histogram(image, pixels, c, counts);
-    int low = 0, high = 255;
-    while (low < 255 && !counts[low]) ++low;
-    while (high > 0 && !counts[high]) --high;
-    if (high <= low) continue;
-    const double scale = 255.0 / (high - low), offset = -low * scale;
-    for (int v = 0; v < 256; ++v)
-      table[v] = static_cast<uint8_t>(std::clamp(int(v * scale + offset), 0, 255));
-    look_up(image, pixels, c, table);
-  }
-}
-
-void equalize(uint8_t* image, size_t pixels) {
-  uint32_t counts[256];
-  uint8_t table[256];
-  for (int c = 0; c < 3; ++c) {
-    histogram(image, pixels, c, counts);
-    int used = 0, last = 0;
-    for (int v = 0; v < 256; ++v)
-      if (counts[v]) ++used, last = v;
-    const uint32_t step = static_cast<uint32_t>((pixels - counts[last]) / 255);
-    if (used <= 1 || !step) continue;
-    uint64_t n = step / 2;
-    for (int v = 0; v < 256; ++v) {
-      table[v] = static_cast<uint8_t>(std::min<uint64_t>(n / step, 255));
-      n += counts[v];
-    }
-    look_up(image, pixels, c, table);
-  }
-}
-
+// Every channel through a table of its own, which fill(counts, table) makes of how often each value
+// occurs; where it returns false, the channel stays.
 template <class F>
-void map_values(uint8_t* image, size_t count, F f) {
-  uint8_t table[256];
-  for (int v = 0; v < 256; ++v) table[v] = static_cast<uint8_t>(f(v));
-  for (size_t i = 0; i < count; ++i) image[i] = table[image[i]];
+void map_channels(uint8_t* image, size_t pixels, F fill) {
+  for (uint8_t* channel = image; channel < image + 3; ++channel) {
+    uint32_t counts[256] = {0};
+    uint8_t table[256];
+    for (size_t i = 0; i < pixels; ++i) ++counts[channel[3 * i]];
+    if (!fill(counts, table)) continue;
+    for (size_t i = 0; i < pixels; ++i) channel[3 * i] = table[channel[3 * i]];
+  }
+}
+
+bool auto_contrast(const uint32_t counts[256], uint8_t table[256]) {
+  int low = 0, high = 255;
+  while (low < 255 && !counts[low]) ++low;
+  while (high > 0 && !counts[high]) --high;
+  if (high <= low) return false;
+  const double scale = 255.0 / (high - low), offset = -low * scale;
+  for (int v = 0; v < 256; ++v)
+    table[v] = static_cast<uint8_t>(std::clamp(int(v * scale + offset), 0, 255));
+  return true;
+}
+
+bool equalize(const uint32_t counts[256], uint8_t table[256]) {
+  uint64_t pixels = 0, last = 0;
+  int used = 0;
+  for (int v = 0; v < 256; ++v)
+    if (counts[v]) {
+      ++used;
+      pixels += last = counts[v];
+    }
+  const uint64_t step = (pixels - last) / 255;
+  if (used <= 1 || !step) return false;
+  uint64_t n = step / 2;
+  for (int v = 0; v < 256; ++v) {
+    table[v] = static_cast<uint8_t>(std::min<uint64_t>(n / step, 255));
+    n += counts[v];
+  }
+  return true;
 }
 
 double cubic(double a, double b, double c, double d, double t) {  // Keys' with a = -1, as Pillow
@@ -110,8 +106,9 @@ double cubic(double a, double b, double c, double d, double t) {  // Keys' with 
 
 // Output (x, y) shows the source at (m0 x + m1 y + m2, m3 x + m4 y + m5), pixel centres at 0.5,
 // interpolated as `op.b` says; outside lies `pad`, or black.
-void affine(uint8_t* image, int height, int width, const double m[6], const Op& op,
-            const uint8_t* pad, std::vector<uint8_t>& copy) {
+void affine(const Output& out, const double (&m)[6], const Op& op, std::vector<uint8_t>& copy) {
+  const int height = out.height, width = out.width;
+  uint8_t* image = out.pixels;
   copy.assign(image, image + size_t(height) * width * 3);
   const bool bicubic = op.b == 1, black = op.c == 1;
   for (int y = 0; y < height; ++y)
@@ -120,10 +117,7 @@ void affine(uint8_t* image, int height, int width, const double m[6], const Op& 
       const double sy = m[3] * (x + 0.5) + m[4] * (y + 0.5) + m[5];
       const size_t at = (size_t(y) * width + x) * 3;
       if (!(sx >= 0 && sx < width && sy >= 0 && sy < height)) {
-        if (black)
-          std::memset(image + at, 0, 3);
-        else
-          std::memcpy(image + at, pad + at, 3);
+        for (int c = 0; c < 3; ++c) image[at + c] = black ? 0 : out.pad[at + c];
         continue;
       }
       const double fx = std::floor(sx - 0.5), fy = std::floor(sy - 0.5);
@@ -158,39 +152,38 @@ void affine(uint8_t* image, int height, int width, const double m[6], const Op& 
     }
 }
 
-void rotate(uint8_t* image, int height, int width, const Op& op, const uint8_t* pad,
-            std::vector<uint8_t>& copy) {
+void rotate(const Output& out, const Op& op, std::vector<uint8_t>& copy) {
   const double angle = -op.a * 3.14159265358979323846 / 180.0;
-  const double c = std::cos(angle), s = std::sin(angle), cx = width / 2.0, cy = height / 2.0;
-  const double m[6] = {c, s, cx - c * cx - s * cy, -s, c, cy + s * cx - c * cy};
-  affine(image, height, width, m, op, pad, copy);
+  const double c = std::cos(angle), s = std::sin(angle);
+  const double cx = out.width / 2.0, cy = out.height / 2.0;
+  affine(out, {c, s, cx - c * cx - s * cy, -s, c, cy + s * cx - c * cy}, op, copy);
 }
 
-void erase(uint8_t* image, int height, int width, const Op& op, const uint8_t* pad) {
-  const int top = std::clamp(int(op.a), 0, height), left = std::clamp(int(op.b), 0, width);
-  const int bottom = std::clamp(int(op.a + op.c), top, height);
-  const int right = std::clamp(int(op.b + op.d), left, width);
+void erase(const Output& out, const Op& op) {
+  const int top = std::clamp(int(op.a), 0, out.height), left = std::clamp(int(op.b), 0, out.width);
+  const int bottom = std::clamp(int(op.a + op.c), top, out.height);
+  const int right = std::clamp(int(op.b + op.d), left, out.width);
   for (int y = top; y < bottom; ++y) {
-    const size_t at = (size_t(y) * width + left) * 3;
-    std::memcpy(image + at, pad + at, size_t(right - left) * 3);
+    const size_t at = (size_t(y) * out.width + left) * 3;
+    std::memcpy(out.pixels + at, out.pad + at, size_t(right - left) * 3);
   }
 }
 
 }  // namespace
 
-void apply_ops(const Plan& plan, uint8_t* image, int height, int width, const uint8_t* pad) {
+void apply_ops(const Plan& plan, const Output& out) {
   static thread_local std::vector<uint8_t> copy;
-  const size_t pixels = size_t(height) * width, count = 3 * pixels;
-  for (int i = 0; i < plan.num_ops; ++i) {
-    const Op& op = plan.ops[i];
-    const float a = op.a;
-    switch (op.code) {
+  uint8_t* image = out.pixels;
+  const size_t pixels = size_t(out.height) * out.width, count = 3 * pixels;
+  for (const Op* op = plan.ops; op < plan.ops + plan.num_ops; ++op) {
+    const float a = op->a;
+    switch (op->code) {
       case kBrightness: blend(image, count, 0, a); break;
       case kContrast: contrast(image, pixels, a); break;
       case kColor: color(image, pixels, a); break;
-      case kSharpness: sharpness(image, height, width, a, copy); break;
-      case kAutoContrast: auto_contrast(image, pixels); break;
-      case kEqualize: equalize(image, pixels); break;
+      case kSharpness: sharpness(image, out.height, out.width, a, copy); break;
+      case kAutoContrast: map_channels(image, pixels, auto_contrast); break;
+      case kEqualize: map_channels(image, pixels, equalize); break;
       case kInvert: map_values(image, count, [](int v) { return 255 - v; }); break;
       case kPosterize: {
         const int mask = 0xFF << (8 - std::clamp(int(a), 0, 8));
@@ -201,34 +194,17 @@ void apply_ops(const Plan& plan, uint8_t* image, int height, int width, const ui
       case kSolarizeAdd:
         map_values(image, count, [=](int v) { return v < 128 ? std::min(255, v + int(a)) : v; });
         break;
-      case kShearX: {
-        const double m[6] = {1, a, 0, 0, 1, 0};
-        affine(image, height, width, m, op, pad, copy);
-        break;
-      }
-      case kShearY: {
-        const double m[6] = {1, 0, 0, a, 1, 0};
-        affine(image, height, width, m, op, pad, copy);
-        break;
-      }
-      case kTranslateX: {
-        const double m[6] = {1, 0, double(a) * width, 0, 1, 0};
-        affine(image, height, width, m, op, pad, copy);
-        break;
-      }
-      case kTranslateY: {
-        const double m[6] = {1, 0, 0, 0, 1, double(a) * height};
-        affine(image, height, width, m, op, pad, copy);
-        break;
-      }
-      case kRotate: rotate(image, height, width, op, pad, copy); break;
+      case kShearX: affine(out, {1, a, 0, 0, 1, 0}, *op, copy); break;
+      case kShearY: affine(out, {1, 0, 0, a, 1, 0}, *op, copy); break;
+      case kTranslateX: affine(out, {1, 0, double(a) * out.width, 0, 1, 0}, *op, copy); break;
+      case kTranslateY: affine(out, {1, 0, 0, 0, 1, double(a) * out.height}, *op, copy); break;
+      case kRotate: rotate(out, *op, copy); break;
       case kShift: {
-        const float by[3] = {op.a, op.b, op.c};
-        for (size_t p = 0; p < count; ++p)
-          image[p] = clip(image[p] + by[p % 3] + 0.5f);
+        const float by[3] = {a, op->b, op->c};
+        for (size_t p = 0; p < count; ++p) image[p] = clip(image[p] + by[p % 3] + 0.5f);
         break;
       }
-      case kErase: erase(image, height, width, op, pad); break;
+      case kErase: erase(out, *op); break;
       default: break;
     }
   }

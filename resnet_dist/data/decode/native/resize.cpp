@@ -24,9 +24,8 @@ bool alike(const Plane& a, const Plane& b) {
 
 }  // namespace
 
-void resize_planes(const Plane planes[3], bool ycc, double top, double left, double height,
-                   double width, int flip, const float shift[3], uint8_t* out, int out_h,
-                   int out_w) {
+void resize_planes(const Plane planes[3], bool ycc, const Box& box, const Plan& plan,
+                   const Output& out) {
   static thread_local Axes own[3];
   static thread_local std::vector<int16_t> vertical, turned, resized[3];
   const Kernels& k = kernels();
@@ -39,11 +38,14 @@ void resize_planes(const Plane planes[3], bool ycc, double top, double left, dou
       continue;
     }
     Axes& axis = own[c];
-    build_taps(axis.rows, top, height, out_h, p.rows, planes[0].rows, p.halved_y, false);
-    build_taps(axis.cols, left, width, out_w, p.cols, planes[0].cols, p.halved_x, flip);
-    axis.low = *std::min_element(axis.cols.first.begin(), axis.cols.first.end());
-    axis.high =
-        *std::max_element(axis.cols.first.begin(), axis.cols.first.end()) + axis.cols.width;
+    build_taps(axis.rows, box.top, box.height, out.height, p.rows, planes[0].rows, p.halved_y,
+               false);
+    build_taps(axis.cols, box.left, box.width, out.width, p.cols, planes[0].cols, p.halved_x,
+               plan.flip);
+    const auto [least, most] =
+        std::minmax_element(axis.cols.first.begin(), axis.cols.first.end());
+    axis.low = *least;
+    axis.high = *most + axis.cols.width;
     for (int& first : axis.cols.first) first -= axis.low;
     axes[c] = &axis;
     widest = std::max(widest, axis.high - axis.low);
@@ -51,14 +53,14 @@ void resize_planes(const Plane planes[3], bool ycc, double top, double left, dou
   const ptrdiff_t pitch = (widest + 31) / 32 * 32;
   vertical.resize(pitch * kLanes);
   turned.resize(pitch * kLanes);
-  const int block = out_w * kLanes;
+  const int block = out.width * kLanes;
   int16_t levels[3];
   for (int c = 0; c < 3; ++c) {
     resized[c].resize(block);
-    levels[c] = static_cast<int16_t>(std::lrint(std::clamp(shift[c], -255.f, 255.f) * 128));
+    levels[c] = static_cast<int16_t>(std::lrint(std::clamp(plan.shift[c], -255.f, 255.f) * 128));
   }
-  for (int row = 0; row < out_h; row += kLanes) {
-    const int rows = std::min(kLanes, out_h - row);
+  for (int row = 0; row < out.height; row += kLanes) {
+    const int rows = std::min(kLanes, out.height - row);
     for (int c = 0; c < 3; ++c) {
       const Plane& p = planes[c];
       const Axes& axis = *axes[c];
@@ -68,10 +70,10 @@ void resize_planes(const Plane planes[3], bool ycc, double top, double left, dou
                    &axis.rows.weight[size_t(row + i) * axis.rows.width], axis.rows.width, cols,
                    &vertical[i * pitch]);
       k.transpose(vertical.data(), pitch, (cols + 7) / 8 * 8, turned.data());
-      k.horizontal(turned.data(), axis.cols, out_w, resized[c].data());
+      k.horizontal(turned.data(), axis.cols, out.width, resized[c].data());
     }
     if (ycc) k.ycc_to_rgb(resized[0].data(), resized[1].data(), resized[2].data(), block);
     const int16_t* const rgb[3] = {resized[0].data(), resized[1].data(), resized[2].data()};
-    k.interleave(rgb, levels, out_w, rows, out + static_cast<size_t>(row) * out_w * 3);
+    k.interleave(rgb, levels, out.width, rows, out.pixels + size_t(row) * out.width * 3);
   }
 }

@@ -11,29 +11,20 @@
 
 namespace {
 
-struct Weights {  // of one output pixel; `at[t]` belongs to pixel first + t
-  int first, count;
-  double* at;
-};
-
-void pixel_weights(double start, double step, int index, Weights& w) {
-  if (step >= 1.0) {
-    const double a = start + index * step, b = a + step;
-    w.first = static_cast<int>(std::floor(a + 1e-9));
-    const int last = std::max(w.first + 1, static_cast<int>(std::ceil(b - 1e-9)));
-    w.count = last - w.first;
-    const double share = 1.0 / step;
-    for (int t = 0; t < w.count; ++t) {
-      const int i = w.first + t;
-      w.at[t] = (std::min(b, i + 1.0) - std::max(a, double(i))) * share;
-    }
-    return;
+// Of one output pixel: `weights` of the pixels from the one that is returned.
+int pixel_weights(double start, double step, int index, std::vector<double>& weights) {
+  weights.clear();
+  if (step < 1.0) {
+    const double centre = start + (index + 0.5) * step - 0.5, low = std::floor(centre);
+    weights = {1.0 - (centre - low), centre - low};
+    return static_cast<int>(low);
   }
-  const double centre = start + (index + 0.5) * step - 0.5, low = std::floor(centre);
-  w.first = static_cast<int>(low);
-  w.count = 2;
-  w.at[0] = 1.0 - (centre - low);
-  w.at[1] = centre - low;
+  const double a = start + index * step, b = a + step, share = 1.0 / step;
+  const int first = static_cast<int>(std::floor(a + 1e-9));
+  const int last = std::max(first + 1, static_cast<int>(std::ceil(b - 1e-9)));
+  for (int i = first; i < last; ++i)
+    weights.push_back((std::min(b, i + 1.0) - std::max(a, double(i))) * share);
+  return first;
 }
 
 }  // namespace
@@ -44,26 +35,24 @@ void build_taps(Taps& taps, double start, double extent, int out, int count, int
   const double step = extent / out;
   const int reach = static_cast<int>(std::ceil(std::max(step, 1.0))) + 2;  // pixels of one output
   const int width = std::min(count, halved ? reach / 2 + 3 : reach);
-  pixel.resize(reach);
   row.resize(width);
   taps.width = width;
   taps.first.resize(out);
   taps.weight.resize(static_cast<size_t>(out) * width);
-  Weights w{0, 0, pixel.data()};
   int used = 1;
   for (int i = 0; i < out; ++i) {
-    pixel_weights(start, step, i, w);
-    const int low = std::clamp(w.first, 0, pixels - 1);  // beyond the edge, the edge counts
+    const int start_at = pixel_weights(start, step, i, pixel);
+    const int low = std::clamp(start_at, 0, pixels - 1);  // beyond the edge, the edge counts
     const int first = std::clamp(halved ? (low + 1) / 2 - 1 : low, 0, count - width);
     std::fill(row.begin(), row.end(), 0.0);
-    for (int t = 0; t < w.count; ++t) {
-      const int p = std::clamp(w.first + t, 0, pixels - 1);
+    for (size_t t = 0; t < pixel.size(); ++t) {
+      const int p = std::clamp(start_at + static_cast<int>(t), 0, pixels - 1);
       if (!halved) {
-        row[p - first] += w.at[t];
+        row[p - first] += pixel[t];
       } else {
         const int own = p / 2, other = std::clamp((p & 1) ? own + 1 : own - 1, 0, count - 1);
-        row[own - first] += (1.0 - halved) * w.at[t];
-        row[other - first] += halved * w.at[t];
+        row[own - first] += (1.0 - halved) * pixel[t];
+        row[other - first] += halved * pixel[t];
       }
     }
     const int target = reverse ? out - 1 - i : i;
