@@ -8,6 +8,7 @@ they run.
 from setuptools import Extension, setup
 
 NATIVE = "resnet_dist/data/decode/native"
+SHARED = [f"{NATIVE}/{name}.h" for name in ("codes", "strict")]  # the conversion includes them, too
 # Byte loops of a few instructions run up to half slower where chance lays them over a cache line.
 FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-falign-loops=32", "-Wall", "-Wextra"]
 
@@ -18,7 +19,7 @@ setup(
             sources=[f"{NATIVE}/{name}.cpp"
                      for name in ("decode", "huffman", "kernels", "ops", "resize",
                                   "taps")],
-            depends=[f"{NATIVE}/{name}.h" for name in ("codes", "huffman", "native", "strict")],
+            depends=[*SHARED, f"{NATIVE}/native.h", f"{NATIVE}/huffman.h"],
             language="c++",
             libraries=["jpeg"],  # libjpeg-turbo; Debian: libjpeg-dev, libxxhash-dev
             extra_compile_args=[*FLAGS, "-fno-math-errno", "-Wno-clobbered"],
@@ -34,8 +35,10 @@ setup(
         Extension(
             "data_prep.encode._native",
             sources=[f"data_prep/encode/native/{name}.cpp"
-                     for name in ("inspect", "measure", "pixels", "reencode", "restarts")],
-            depends=["data_prep/encode/native/shrink.h", "data_prep/encode/native/strict.h"],
+                     for name in ("inspect", "measure", "pixels", "plain", "reencode", "restarts")],
+            depends=[*SHARED, *(f"data_prep/encode/native/{name}.h"
+                                for name in ("codec", "plain", "segments", "shrink"))],
+            include_dirs=[NATIVE],
             language="c++",
             libraries=["jpeg"],
             extra_compile_args=[*FLAGS, "-Wno-clobbered"],

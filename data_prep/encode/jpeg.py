@@ -9,7 +9,7 @@ import ctypes
 import importlib.machinery
 import re
 from collections.abc import Iterator
-from ctypes import POINTER, byref, c_char, c_int, c_int32, c_int64, c_void_p
+from ctypes import byref, c_char_p, c_int, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,10 +18,9 @@ import numpy as np
 from PIL import Image
 
 ORIENTATION_TAG = 0x0112
-_MESSAGE = 256
 _MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL)  # stuffing and restarts are none
 _END = 0xD9
-_NOT_PLAIN = -2  # kNotPlain of native/strict.h
+_NOT_PLAIN = -2  # kNotPlain of native/codec.h
 
 
 class JpegError(ValueError):
@@ -30,8 +29,7 @@ class JpegError(ValueError):
 
 class _Info(ctypes.Structure):
     _fields_ = [("width", c_int32), ("height", c_int32), ("components", c_int32),
-                ("precision", c_int32), ("sof", c_int32), ("transform", c_int32),
-                ("h", c_int32 * 4), ("v", c_int32 * 4), ("scans_all", c_int32),
+                ("precision", c_int32), ("sof", c_int32), ("h", c_int32 * 4), ("v", c_int32 * 4),
                 ("exif_at", c_int64), ("exif_size", c_int64), ("several", c_int32)]
 
 
@@ -46,13 +44,14 @@ def _library() -> ctypes.CDLL:
         raise ImportError(f"{folder / '_native'}: the native part is not built; run "
                           "`pip install -e .` in the project")
     library = ctypes.CDLL(str(path))
-    for name in ("dp_add_restarts", "dp_transcode", "dp_encode", "dp_reencode", "dp_row_sums"):
-        if not hasattr(library, name):
-            raise ImportError(f"{path}: is older than the code that calls it; run `pip install -e "
-                              ".` in the project again")
-        getattr(library, name).restype = c_int64
-    for name in ("dp_free", "dp_shrink", "dp_sums"):
-        getattr(library, name).restype = None
+    sizes = ("dp_add_restarts", "dp_transcode", "dp_encode", "dp_reencode", "dp_row_sums")
+    for names, result in ((sizes, c_int64), (("dp_last_error",), c_char_p),
+                          (("dp_free", "dp_shrink", "dp_sums"), None)):
+        for name in names:
+            if not hasattr(library, name):
+                raise ImportError(f"{path}: is older than the code that calls it; run `pip install "
+                                  "-e .` in the project again")
+            getattr(library, name).restype = result
     return library
 
 
@@ -78,15 +77,21 @@ class Header:
                 and (self.components == 1 or self.sampling in layouts))
 
 
-def _fail(message: ctypes.Array[c_char]) -> JpegError:
-    return JpegError(message.value.decode("utf-8", "replace"))
+def _checked(result: int) -> int:
+    """What a native function returned. Raises: JpegError, where it failed."""
+    if result < 0:
+        raise JpegError(_library().dp_last_error().decode("utf-8", "replace"))
+    return result
+
+
+def _address(array: np.ndarray) -> c_void_p:
+    return array.ctypes.data_as(c_void_p)
 
 
 def inspect(data: bytes) -> Header:
     """Raises: JpegError."""
-    info, message = _Info(), ctypes.create_string_buffer(_MESSAGE)
-    if _library().dp_inspect(data, c_int64(len(data)), byref(info), message, _MESSAGE):
-        raise _fail(message)
+    info = _Info()
+    _checked(_library().dp_inspect(data, c_int64(len(data)), byref(info)))
     return Header(width=info.width, height=info.height, components=info.components,
                   precision=info.precision, process=info.sof,
                   sampling=tuple(zip(info.h, info.v, strict=True))[:info.components],
@@ -171,11 +176,7 @@ def with_restarts(data: bytes) -> bytes:
         size = _library().dp_add_restarts(data, c_int64(len(data)), standard_dc, byref(out))
         if size >= 0:
             return _take(out, size)
-    message = ctypes.create_string_buffer(_MESSAGE)
-    size = _library().dp_transcode(data, c_int64(len(data)), byref(out), message, _MESSAGE)
-    if size < 0:
-        raise _fail(message)
-    return _take(out, size)
+    return _take(out, _checked(_library().dp_transcode(data, c_int64(len(data)), byref(out))))
 
 
 def decode(data: bytes, width: int, height: int) -> np.ndarray:
@@ -184,10 +185,8 @@ def decode(data: bytes, width: int, height: int) -> np.ndarray:
     Raises: JpegError, also where libjpeg would only warn and invent pixels.
     """
     out = np.empty((height, width, 3), np.uint8)
-    message = ctypes.create_string_buffer(_MESSAGE)
-    if _library().dp_decode(data, c_int64(len(data)), c_int(width), c_int(height),
-                            out.ctypes.data_as(c_void_p), message, _MESSAGE):
-        raise _fail(message)
+    _checked(_library().dp_decode(data, c_int64(len(data)), c_int(width), c_int(height),
+                                  _address(out)))
     return out
 
 
@@ -197,21 +196,15 @@ def reencode(data: bytes, width: int, height: int, quality: int) -> bytes | None
 
     Raises: JpegError as `decode`.
     """
-    out, message = c_void_p(), ctypes.create_string_buffer(_MESSAGE)
+    out = c_void_p()
     size = _library().dp_reencode(data, c_int64(len(data)), c_int(width), c_int(height),
-                                  c_int(quality), byref(out), message, _MESSAGE)
-    if size == _NOT_PLAIN:
-        return None
-    if size < 0:
-        raise _fail(message)
-    return _take(out, size)
+                                  c_int(quality), byref(out))
+    return None if size == _NOT_PLAIN else _take(out, _checked(size))
 
 
 def check(data: bytes) -> None:
     """Decode a JPEG of any colours to nowhere. Raises: JpegError where it is not whole."""
-    message = ctypes.create_string_buffer(_MESSAGE)
-    if _library().dp_check(data, c_int64(len(data)), message, _MESSAGE):
-        raise _fail(message)
+    _checked(_library().dp_decode(data, c_int64(len(data)), 0, 0, None))
 
 
 def shrink(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
@@ -220,29 +213,24 @@ def shrink(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
     assert height <= pixels.shape[0], (height, pixels.shape)
     pixels = np.ascontiguousarray(pixels)
     out = np.empty((height, width, 3), np.uint8)
-    _library().dp_shrink(pixels.ctypes.data_as(c_void_p), c_int(pixels.shape[1]),
-                         c_int(pixels.shape[0]), c_int(width), c_int(height),
-                         out.ctypes.data_as(c_void_p))
+    _library().dp_shrink(_address(pixels), c_int(pixels.shape[1]), c_int(pixels.shape[0]),
+                         c_int(width), c_int(height), _address(out))
     return out
 
 
 def encode(pixels: np.ndarray, quality: int) -> bytes:
     """4:2:0 baseline JPEG of uint8 RGB [height, width, 3], a restart marker a row of MCUs."""
     pixels = np.ascontiguousarray(pixels)
-    out, message = c_void_p(), ctypes.create_string_buffer(_MESSAGE)
-    size = _library().dp_encode(pixels.ctypes.data_as(c_void_p), c_int(pixels.shape[1]),
-                                c_int(pixels.shape[0]), c_int(quality), byref(out), message,
-                                _MESSAGE)
-    if size < 0:
-        raise _fail(message)
-    return _take(out, size)
+    out = c_void_p()
+    size = _library().dp_encode(_address(pixels), c_int(pixels.shape[1]), c_int(pixels.shape[0]),
+                                c_int(quality), byref(out))
+    return _take(out, _checked(size))
 
 
 def add_sums(pixels: np.ndarray, totals: np.ndarray) -> None:
     """Add sums and sums of squares per channel of uint8 RGB pixels to int64 totals [6]."""
     pixels = np.ascontiguousarray(pixels)
-    totals_pointer = totals.ctypes.data_as(POINTER(c_int64))
-    _library().dp_sums(pixels.ctypes.data_as(c_void_p), c_int64(pixels.size // 3), totals_pointer)
+    _library().dp_sums(_address(pixels), c_int64(pixels.size // 3), _address(totals))
 
 
 def add_row_sums(data: bytes, every: int, first: int, totals: np.ndarray) -> int:
@@ -251,12 +239,8 @@ def add_row_sums(data: bytes, every: int, first: int, totals: np.ndarray) -> int
 
     Raises: JpegError as `decode`.
     """
-    message = ctypes.create_string_buffer(_MESSAGE)
-    pixels = int(_library().dp_row_sums(data, c_int64(len(data)), c_int(every), c_int(first),
-                                        totals.ctypes.data_as(POINTER(c_int64)), message, _MESSAGE))
-    if pixels < 0:
-        raise _fail(message)
-    return pixels
+    return _checked(_library().dp_row_sums(data, c_int64(len(data)), c_int(every), c_int(first),
+                                           _address(totals)))
 
 
 def libjpeg_version() -> str:

@@ -1,38 +1,31 @@
 // What a JPEG's headers say, none of it decoded.
-#include "strict.h"
+#include "codec.h"
 
 // What a file's headers say. Offsets are into the file; exif_at = 0: none.
 struct JpegInfo {
-  int32_t width, height, components, precision, sof, transform;  // Adobe transform, -1: none
-  int32_t h[4], v[4], scans_all;  // scans_all: the first scan holds every component
+  int32_t width, height, components, precision, sof, h[4], v[4];
   int64_t exif_at, exif_size;
   int32_t several;  // CIPA DC-007: this is the first picture of several
 };
 
 // Reads the markers up to the first scan. Returns 0 or kFailed.
-API int dp_inspect(const uint8_t* data, int64_t size, JpegInfo* info, char* message,
-                   int message_size) {
-  memset(info, 0, sizeof *info);
-  info->transform = -1;
-  auto fail = [&](const char* why) {
-    snprintf(message, message_size, "%s", why);
-    return kFailed;
-  };
-  if (size < 4 || data[0] != 0xFF || data[1] != 0xD8) return fail("is not a JPEG");
+EXPORT int dp_inspect(const uint8_t* data, int64_t size, JpegInfo* info) {
+  *info = JpegInfo{};
+  if (size < 4 || data[0] != 0xFF || data[1] != 0xD8) return fail(kFailed, "is not a JPEG");
   int64_t at = 2;
   while (true) {
     while (at < size && data[at] != 0xFF) ++at;  // libjpeg skips garbage here, too
     while (at < size && data[at] == 0xFF) ++at;
-    if (at + 2 >= size) return fail("ends before its image data");
+    if (at + 2 >= size) return fail(kFailed, "ends before its image data");
     const int marker = data[at++];
     if (marker == 0x01 || (marker >= 0xD0 && marker <= 0xD7) || marker == 0) continue;
-    if (marker == 0xD9) return fail("ends before its image data");
+    if (marker == 0xD9) return fail(kFailed, "ends before its image data");
     const int64_t length = data[at] << 8 | data[at + 1];
-    if (length < 2 || at + length > size) return fail("ends inside a header");
+    if (length < 2 || at + length > size) return fail(kFailed, "ends inside a header");
     const uint8_t* body = data + at + 2;
     if (marker >= 0xC0 && marker <= 0xCF && marker != 0xC4 && marker != 0xC8 && marker != 0xCC) {
-      if (info->width) return fail("has two frame headers");
-      if (length < 8) return fail("has a damaged frame header");
+      if (info->width) return fail(kFailed, "has two frame headers");
+      if (length < 8) return fail(kFailed, "has a damaged frame header");
       info->sof = marker;
       info->precision = body[0];
       info->height = body[1] << 8 | body[2];
@@ -40,7 +33,7 @@ API int dp_inspect(const uint8_t* data, int64_t size, JpegInfo* info, char* mess
       info->components = body[5];
       if (!info->width || !info->height || info->components < 1 || info->components > 4 ||
           length < 8 + 3 * info->components)
-        return fail("has a damaged frame header");
+        return fail(kFailed, "has a damaged frame header");
       for (int c = 0; c < info->components; ++c) {
         info->h[c] = body[7 + 3 * c] >> 4;
         info->v[c] = body[7 + 3 * c] & 15;
@@ -50,12 +43,8 @@ API int dp_inspect(const uint8_t* data, int64_t size, JpegInfo* info, char* mess
       info->exif_size = length - 2;
     } else if (marker == 0xE2 && length > 5 && !memcmp(body, "MPF\0", 4)) {
       info->several = 1;
-    } else if (marker == 0xEE && length >= 14 && !memcmp(body, "Adobe", 5)) {
-      info->transform = body[11];
     } else if (marker == 0xDA) {
-      if (!info->width) return fail("has image data before its frame header");
-      info->scans_all = length > 2 && body[0] == info->components;
-      return 0;
+      return info->width ? 0 : fail(kFailed, "has image data before its frame header");
     }
     at += length;
   }

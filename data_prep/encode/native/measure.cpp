@@ -1,23 +1,22 @@
 // Pixel sums, for mean and deviation: of pixels, and of some of the rows of MCUs of a stored JPEG.
 #include <algorithm>
-#include <new>
 #include <vector>
 
-#include "strict.h"
+#include "codec.h"
+#include "segments.h"
 
-API int dp_decode(const uint8_t* data, int64_t size, int to_w, int to_h, uint8_t* out,
-                  char* message, int message_size);  // of pixels.cpp
+EXPORT int dp_decode(const uint8_t* data, int64_t size, int to_w, int to_h,
+                     uint8_t* out);  // of pixels.cpp
 
 namespace {
 
-__attribute__((target_clones("avx512f", "avx2", "default"))) void AddSums(
+__attribute__((target_clones("avx512f", "avx2", "default"))) void add_sums(
     const uint8_t* rgb, int64_t count, int64_t* totals) {
   constexpr int kLanes = 96;        // a multiple of 3, so a lane is always the same channel
   constexpr int64_t kRun = 65536;   // 65536 * 255^2 fits 32 bits
   for (int64_t at = 0; at < count;) {
     uint32_t sum[kLanes] = {0}, square[kLanes] = {0};
-    int64_t runs = (count - at) / kLanes;
-    if (runs > kRun) runs = kRun;
+    const int64_t runs = std::min((count - at) / kLanes, kRun);
     for (int64_t run = 0; run < runs; ++run, at += kLanes)
       for (int lane = 0; lane < kLanes; ++lane) {
         const uint32_t value = rgb[at + lane];
@@ -41,24 +40,20 @@ struct Layout {  // of a JPEG with one scan and a restart marker a row of MCUs
   int width = 0, height = 0, mcu_height = 0;
 };
 
-bool Parse(const uint8_t* data, int64_t size, Layout* found) {
-  int64_t at = 2;
-  while (at + 4 <= size && data[at] == 0xFF) {
-    const int marker = data[at + 1], length = data[at + 2] << 8 | data[at + 3];
-    const uint8_t* body = data + at + 4;
-    if (length < 2 || at + 2 + length > size) return false;
-    if (marker == 0xC0 || marker == 0xC1) {
-      if (length < 8 || length < 8 + 3 * body[5]) return false;
-      found->frame = at + 4;
+bool parse(const uint8_t* data, int64_t size, Layout* found) {
+  Segment segment{data + 2};
+  while (segment.next(data + size)) {
+    const uint8_t* body = segment.body;
+    if (segment.marker == 0xC0 || segment.marker == 0xC1) {
+      if (segment.size < 6 || segment.size < 6 + 3 * body[5]) return false;
+      found->frame = body - data;
       found->height = body[1] << 8 | body[2];
       found->width = body[3] << 8 | body[4];
       int most = 1;
       for (int c = 0; c < body[5]; ++c) most = std::max(most, body[7 + 3 * c] & 15);
       found->mcu_height = 8 * (body[5] == 1 ? 1 : most);
-    }
-    at += 2 + length;
-    if (marker == 0xDA) {
-      found->scan = at;
+    } else if (segment.marker == 0xDA) {
+      found->scan = segment.end - data;
       return found->frame > 0;
     }
   }
@@ -67,8 +62,8 @@ bool Parse(const uint8_t* data, int64_t size, Layout* found) {
 
 // The rows of MCUs `first`, `first` + `every`, ... as a JPEG of their own; empty: there is none.
 // False where the stream is not as Layout says.
-bool Cut(const uint8_t* data, int64_t size, const Layout& layout, int every, int first,
-         std::vector<uint8_t>* cut, int* height) {
+bool cut_rows(const uint8_t* data, int64_t size, const Layout& layout, int every, int first,
+              std::vector<uint8_t>* cut, int* height) {
   const int rows = (layout.height + layout.mcu_height - 1) / layout.mcu_height;
   *height = 0;
   if (first >= rows) return true;
@@ -104,29 +99,25 @@ bool Cut(const uint8_t* data, int64_t size, const Layout& layout, int every, int
 }  // namespace
 
 // Adds sums and sums of squares of RGB pixels to totals[6].
-API void dp_sums(const uint8_t* rgb, int64_t pixels, int64_t* totals) {
-  AddSums(rgb, 3 * pixels, totals);
+EXPORT void dp_sums(const uint8_t* rgb, int64_t pixels, int64_t* totals) {
+  add_sums(rgb, 3 * pixels, totals);
 }
 
 // The same of the rows of MCUs `first`, `first` + `every`, ... of a JPEG as this library writes them,
 // with a restart marker a row. They are decoded as a picture of their own, so that the others cost
 // nothing. Returns how many pixels they have, or kFailed.
-API int64_t dp_row_sums(const uint8_t* data, int64_t size, int every, int first, int64_t* totals,
-                        char* message, int message_size) try {
+EXPORT int64_t dp_row_sums(const uint8_t* data, int64_t size, int every, int first,
+                           int64_t* totals) try {
   Layout layout;
   std::vector<uint8_t> cut, rgb;
   int height;
-  if (!Parse(data, size, &layout) || !Cut(data, size, layout, every, first, &cut, &height)) {
-    snprintf(message, message_size, "has no restart marker after every row");
-    return kFailed;
-  }
+  if (!parse(data, size, &layout) || !cut_rows(data, size, layout, every, first, &cut, &height))
+    return fail(kFailed, "has no restart marker after every row");
   if (!height) return 0;
   rgb.resize(size_t(layout.width) * height * 3);
-  if (dp_decode(cut.data(), cut.size(), layout.width, height, rgb.data(), message, message_size))
-    return kFailed;
-  AddSums(rgb.data(), rgb.size(), totals);
+  if (dp_decode(cut.data(), cut.size(), layout.width, height, rgb.data())) return kFailed;
+  add_sums(rgb.data(), rgb.size(), totals);
   return int64_t(layout.width) * height;
 } catch (const std::bad_alloc&) {
-  snprintf(message, message_size, "does not fit into memory");
-  return kFailed;
+  return fail(kFailed, "does not fit into memory");
 }

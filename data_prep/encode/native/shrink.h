@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-__attribute__((target_clones("avx512f", "avx2", "default"))) inline void AddRow(
+__attribute__((target_clones("avx512f", "avx2", "default"))) inline void add_weighted(
     uint32_t* sum, const uint8_t* row, uint32_t weight, int count) {
   for (int i = 0; i < count; ++i) sum[i] += weight * row[i];
 }
@@ -46,7 +46,7 @@ class AreaShrinker {
     first_[to_w] = static_cast<int>(weight_.size());
   }
 
-  void Row(const uint8_t* row) {
+  void add_row(const uint8_t* row) {
     // This row covers [y, y + 1) * den; an output row covers `num` of that.
     int64_t begin = y_ * down_.den;
     const int64_t end = begin + down_.den;
@@ -58,15 +58,15 @@ class AreaShrinker {
       const int upto = static_cast<int>((covered_ * 2048 + whole / 2) / whole);
       const uint32_t weight = upto - given_;
       given_ = upto;
-      AddRow(sum_.data(), row, weight, kChannels * w_);
+      add_weighted(sum_.data(), row, weight, kChannels * w_);
       begin = until;
-      if (until == stop) Emit();
+      if (until == stop) emit();
     }
     ++y_;
   }
 
  private:
-  void Emit() {
+  void emit() {
     uint8_t* out = out_ + target_ * pitch_;
     for (int x = 0; x < to_w_; ++x) {
       uint32_t total[kChannels];
