@@ -7,6 +7,7 @@ one.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -97,6 +98,37 @@ def test_a_recorded_step_computes_the_bits_of_a_step(precision: str) -> None:
         engine = engine_of(precision=precision, cuda_graphs=graphs)
         train(engine, 0, 8)
         digests.append(digest(engine.state()))
+    assert digests[0] == digests[1]
+
+
+def test_recording_survives_a_loader_that_pins_memory_meanwhile() -> None:
+    """As threads of the loader do: new sizes, so that the driver is asked each time."""
+    done = threading.Event()
+    pinned, failures = [], []
+
+    def pin() -> None:
+        size = 1 << 20
+        try:
+            while not done.is_set():
+                pinned.append(torch.empty(size, dtype=torch.uint8, pin_memory=True))
+                del pinned[:-4]
+                size += 4096
+        except RuntimeError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=pin)
+    thread.start()
+    try:
+        digests = []
+        for graphs in (False, True):
+            for _ in range(5):  # as many chances for the race
+                engine = engine_of(cuda_graphs=graphs)
+                train(engine, 0, 6)
+            digests.append(digest(engine.state()))
+    finally:
+        done.set()
+        thread.join()
+    assert not failures
     assert digests[0] == digests[1]
 
 
