@@ -7,10 +7,13 @@ Out: means a step since the last logging step. Nothing here waits for a device.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+_PAIRS = 256  # of events at most: only rank 0 reads them, and they must not pile up elsewhere
 
 
 class Clock:
@@ -60,10 +63,9 @@ class Exchange:
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._count, self._total_s, self._began = 0, 0.0, 0.0
-        self._pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._pairs: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=_PAIRS)
 
     def __enter__(self) -> None:
-        self._count += 1
         if self._cuda:
             first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             self._pairs.append((first, last))
@@ -75,13 +77,15 @@ class Exchange:
         if self._cuda:
             self._pairs[-1][1].record()
         else:
+            self._count += 1
             self._total_s += time.perf_counter() - self._began
 
     def read(self) -> dict[str, float]:
-        """comm_s and comm_exposed_s, which are equal: means since the last call. Waits for the
-        device."""
+        """comm_s and comm_exposed_s, which are equal: means since the last call, on a GPU of the
+        last `_PAIRS` at most. Waits for the device."""
         for first, last in self._pairs:
             last.synchronize()
+            self._count += 1
             self._total_s += first.elapsed_time(last) / 1e3
         mean_s = self._total_s / max(1, self._count)
         self._pairs.clear()
