@@ -192,7 +192,7 @@ def bn_stat_vector(model: nn.Module) -> Tensor:
     seen the groups of both.
     """
     stats = _stats(model)
-    return torch.zeros(0) if stats is None else stats.sums.clone()
+    return _nothing(model) if stats is None else stats.sums.clone()
 
 
 @torch.no_grad()
@@ -206,7 +206,7 @@ def set_bn_stat_vector(model: nn.Module, vector: Tensor) -> None:
 def bn_running_vector(model: nn.Module) -> Tensor:
     """Copy of all running means and variances: [sum of 2c], per layer mean then variance."""
     stats = _stats(model)
-    return torch.zeros(0) if stats is None else stats.running.clone()
+    return _nothing(model) if stats is None else stats.running.clone()
 
 
 @torch.no_grad()
@@ -215,6 +215,11 @@ def set_bn_running_vector(model: nn.Module, vector: Tensor) -> None:
     stats = _stats(model)
     if stats is not None:
         stats.running.copy_(_checked(vector, stats.running))
+
+
+def _nothing(model: nn.Module) -> Tensor:
+    """The vector of a network without BatchNorm, where its weights are: ranks exchange it, too."""
+    return torch.zeros(0, device=next(model.parameters()).device)
 
 
 def _checked(vector: Tensor, like: Tensor) -> Tensor:
