@@ -161,8 +161,8 @@ class Engine:
         return kernels.normalize(images, self._scale, self._shift, dtype)
 
     def pixels(self, x: Tensor) -> Tensor:
-        """What `normalize` did, undone: float32 [n, 3, S, S] -> uint8 [n, S, S, 3]."""
-        shown = (x - self._shift) / self._scale
+        """What `normalize` did, undone: float32 [n, 3 or 4, S, S] -> uint8 [n, S, S, 3]."""
+        shown = (x[:, :3] - self._shift) / self._scale
         return shown.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
     def autocast(self) -> torch.autocast:
@@ -250,7 +250,7 @@ class Engine:
         In float64, so that equal rows (exact mode) average to themselves and the order of the ranks
         leaves no trace.
         """
-        rows = gather_rows(running.to(self.world.device), self.world)
+        rows = gather_rows(running, self.world)
         return rows.double().mean(0).float()
 
     def refresh_bn(self, batches: Iterable[Tensor]) -> None:
@@ -284,7 +284,7 @@ class Engine:
 
     def _take_bn_sums(self) -> Tensor:
         """The BatchNorm accumulators, which are cleared."""
-        sums = norm.bn_stat_vector(self.module).to(self.world.device)
+        sums = norm.bn_stat_vector(self.module)
         norm.set_bn_stat_vector(self.module, torch.zeros_like(sums))
         return sums
 
@@ -297,7 +297,7 @@ class Engine:
         ranks, what does.
         """
         live = norm.bn_running_vector(self.module)
-        ranks = {"bn_running": gather_rows(live.to(self.world.device), self.world),
+        ranks = {"bn_running": gather_rows(live, self.world),
                  "window": gather_rows(self._window, self.world)}
         optimizer = {**self._optimizer_tensors(), "window": self._global_window(),
                      "steps": torch.tensor(self.steps)}

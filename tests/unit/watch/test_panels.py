@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from resnet_dist import kernels
 from resnet_dist.config.load import (
     config_from_dict,
     config_to_dict,
@@ -26,6 +27,7 @@ from resnet_dist.engine.clock import Clock
 from resnet_dist.engine.core import Engine
 from resnet_dist.engine.ddp import make_engine
 from resnet_dist.evaluate.judge import Outcomes
+from resnet_dist.kernels import reference
 from resnet_dist.models.build import build_model
 from resnet_dist.ranks.distributed import World
 from resnet_dist.run.curves import read_lines
@@ -68,6 +70,13 @@ def test_the_images_shown_are_those_that_the_network_got_to_the_grey_level() -> 
     images, captions = seen_images(batch, None, engine_of(configured()), CLASSES)
     np.testing.assert_array_equal(np.stack(images), batch.images[:8].numpy())
     assert captions == [[f"class {label}"] for label in range(8)]
+
+
+def test_a_gpus_fourth_channel_is_left_out_of_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "normalize", reference.normalize)
+    batch = some_batch()
+    images, _ = seen_images(batch, None, engine_of(configured()), CLASSES)
+    np.testing.assert_array_equal(np.stack(images), batch.images[:8].numpy())
 
 
 def test_mixed_images_are_shown_mixed_with_both_labels_and_their_shares() -> None:
