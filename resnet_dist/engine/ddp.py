@@ -196,8 +196,10 @@ class DDPEngine(Engine):
         self.optimizer.state.clear()
         for name, state in self._by_parameter(tensors).items():
             for key, value in state.items():
-                like = torch.empty_like(parameters[name]) if value.dim() else value.clone()
-                self.optimizer.state[parameters[name]][key] = like.detach().copy_(value)
+                own = parameters[name]
+                place = (torch.empty_like(own) if value.dim() else torch.empty(
+                    (), dtype=value.dtype, device=optim.scalar_device(self.optimizer, own)))
+                self.optimizer.state[own][key] = place.detach().copy_(value)
 
     # -- Layouts -----------------------------------------------------------------------------------
 

@@ -38,7 +38,8 @@ class DeepSpeedEngine(Engine):
                  normalization: Normalization) -> None:
         super().__init__(model, config, world, normalization)
         os.environ.setdefault("DS_ACCELERATOR", world.device.type)
-        os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # absent where one process runs
+        # What it makes the current device: this rank's GPU, which may be the only one it sees.
+        os.environ["LOCAL_RANK"] = str(world.device.index or 0)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         import deepspeed  # reads DS_ACCELERATOR when imported
 
@@ -160,7 +161,8 @@ class DeepSpeedEngine(Engine):
             for name, parameter in self._parameters.items():
                 for key, value in states.get(name, {}).items():
                     self._inner.state[parameter][key] = value.clone().to(
-                        parameter.device if value.dim() else "cpu")
+                        parameter.device if value.dim() else
+                        optim.scalar_device(self._inner, parameter))
 
     @torch.no_grad()
     def _load_partition(self, group: int, partition: Tensor,
@@ -173,7 +175,8 @@ class DeepSpeedEngine(Engine):
         for key in states.get(members[0][0], {}):
             first = states[members[0][0]][key]
             if not first.dim():
-                self._inner.state[partition][key] = first.clone()
+                self._inner.state[partition][key] = first.clone().to(
+                    optim.scalar_device(self._inner, partition))
                 continue
             whole = torch.zeros_like(flat, dtype=torch.float32)
             for name, parameter, offset in members:

@@ -54,6 +54,15 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
                              fused=True)
 
 
+def scalar_device(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> torch.device:
+    """Where `optimizer` keeps its scalars of `parameter`, e.g. the steps it has taken.
+
+    torch's fused optimizers read them on the device and refuse others; the rest read them on the
+    host, so that they need not wait for the device.
+    """
+    return parameter.device if optimizer.defaults.get("fused") else torch.device("cpu")
+
+
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -59,6 +59,16 @@ def test_resume_equals_uninterrupted(name: str, precision: str) -> None:
     assert straight == resumed
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb", "lars", "sgd_caffe"])
+@pytest.mark.parametrize("name", ["ddp", "zero0", "zero1"])
+def test_every_optimizer_resumes(name: str, optimizer: str) -> None:
+    if name == "zero1" and optimizer in ("lamb", "lars"):
+        pytest.skip("refused: their norms are of whole layers")
+    straight, resumed = on_gpu(resumed_and_uninterrupted,
+                               {**ENGINES[name], "optimizer": {"name": optimizer, "lr": 0.01}})
+    assert straight == resumed
+
+
 def first_gradients(names: list[str]) -> list[torch.Tensor]:
     found = []
     for name in names:
