@@ -15,7 +15,7 @@ from resnet_dist.data.loader import TrainLoader
 from resnet_dist.data.shards.manifest import Manifest
 from resnet_dist.models.build import build_model
 from resnet_dist.models.weights import WeightsError, init_from
-from resnet_dist.ranks.distributed import World, cores_per_rank
+from resnet_dist.ranks.distributed import World
 from resnet_dist.run.paths import DatasetPaths
 
 
@@ -55,7 +55,7 @@ def train_loader(config: Config, world: World, first_step: int,
     return TrainLoader(
         data_path(config), "train", config.augment, seed=config.seed,
         batch_size=config.batch_size, rank=world.rank, world=world.size,
-        threads=config.data.threads or cores_per_rank(config), prefetch=config.data.prefetch,
+        threads=config.data.threads or world.cores, prefetch=config.data.prefetch,
         verify=config.data.verify, first_step=first_step, stage_dir=config.data.stage_dir,
         read_ahead=config.data.read_ahead, staged=lambda there, total: alive(),
         repeats=config.data.repeats, groups=config.batch_size // (config.bn_batch or 1))

@@ -30,6 +30,7 @@ from resnet_dist.engine.ddp import make_engine
 from resnet_dist.engine.precision import AUTOCAST_DTYPES, native
 from resnet_dist.models.build import build_model
 from resnet_dist.models.norm import GhostBatchNorm2d
+from resnet_dist.ranks.devices import allow_tf32
 from resnet_dist.ranks.distributed import init_world
 
 COMPETITORS = {
@@ -200,6 +201,7 @@ def plain_model(name: str, num_classes: int) -> nn.Module:
 def _plain_step(name: str, settings: dict[str, Any], images: Tensor, labels: Tensor,
                 device: torch.device) -> Callable[[], None]:
     torch.set_num_threads(settings["threads"])
+    allow_tf32(settings["precision"] == "tf32")
     layout = torch.contiguous_format if name == "eager_nchw" else torch.channels_last
     model = plain_model(settings["model"], classes(settings["size"])).to(device)
     model = model.to(memory_format=layout)  # type: ignore[call-overload]

@@ -22,7 +22,7 @@ from resnet_dist.config.schema import Config, EvalConfig
 from resnet_dist.data.decode import decoder
 from resnet_dist.data.loader import EvalLoader
 from resnet_dist.data.shards.reader import DataError, ShardReader
-from resnet_dist.ranks.distributed import World, cores_per_rank
+from resnet_dist.ranks.distributed import World
 
 # Positions in the group, int64 [m], and uint8 [m, h, w, 3]; a position at most once.
 Shown = tuple[Tensor, Tensor]
@@ -61,7 +61,7 @@ class Views:
 def eval_loader(config: Config, world: World) -> Views:
     """This rank's contiguous slice of the evaluation split, once, as `eval.protocol` shows it."""
     return open_views(data_path(config), config.eval, world,
-                      threads=config.data.threads or cores_per_rank(config),
+                      threads=config.data.threads or world.cores,
                       verify=config.data.verify)
 
 

@@ -10,7 +10,6 @@ that they neither queue behind gradients nor synchronise a device.
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,16 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from resnet_dist.config.schema import Config, ConfigError
+from resnet_dist.config.schema import Config
+from resnet_dist.ranks.devices import (
+    agree,
+    choose_device,
+    environment_int,
+    keep_freed_memory,
+    seat,
+    settle_cuda,
+    take_cores,
+)
 from resnet_dist.ranks.rendezvous import meet
 
 
@@ -32,6 +40,7 @@ class World:
     local_rank: int
     device: torch.device
     control: dist.ProcessGroup | None = field(default=None, compare=False, repr=False)
+    cores: int = field(default_factory=lambda: len(os.sched_getaffinity(0)), compare=False)
 
 
 def init_world(config: Config) -> World:
@@ -40,27 +49,30 @@ def init_world(config: Config) -> World:
     Collective: every rank of the job. Raises: ConfigError where the environment or the device does
     not fit the configuration.
     """
-    rank, size, local_rank = (_environment_int(key, default) for key, default in
+    rank, size, local_rank = (environment_int(key, default) for key, default in
                               (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = _choose_device(config, local_rank)
-    torch.set_num_threads(config.threads
-                          or (1 if config.mode == "exact" else cores_per_rank(config)))
-    if device.type == "cuda":
-        _settle_cuda(config)
-    else:
-        _keep_freed_memory()
-    if size == 1:
-        return World(rank, size, local_rank, device)
-    # A rank that is gone is noticed by its closed socket, one that hangs by the supervisor; this
-    # limit is only the last resort, so it stands well above both.
+    device = choose_device(config, local_rank)
+    own = seat(device)
+    # The last resort, far above `launch.hang_s`, within which the supervisor ends the ranks of an
+    # attempt that stands still. Over gloo a lost peer is noticed at once, by its closed socket;
+    # NCCL's kernels may wait for one until they are ended.
     timeout = timedelta(seconds=2 * config.launch.hang_s)
+    store = meet(rank, size, timeout) if size > 1 else None
+    seats = [own] if store is None else agree(own, store, rank, size, config)
+    cores = take_cores(own, seats, config)
+    torch.set_num_threads(config.threads or (1 if config.mode == "exact" else cores))
+    if device.type == "cuda":
+        settle_cuda(config)
+    else:
+        keep_freed_memory()
+    if store is None:
+        return World(rank, size, local_rank, device, None, cores)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout,
-                            store=meet(rank, size, timeout),
+    dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, store=store,
                             device_id=device if backend == "nccl" else None)
     control = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(control, dist.ProcessGroup)
-    return World(rank, size, local_rank, device, control)
+    return World(rank, size, local_rank, device, control, cores)
 
 
 def shutdown() -> None:
@@ -207,68 +219,3 @@ def broadcast_int(value: int, world: World) -> int:
     if world.size > 1:
         dist.broadcast(flag, src=0, group=world.control)
     return int(flag)
-
-
-# -- Environment -----------------------------------------------------------------------------------
-
-def _environment_int(key: str, default: int) -> int:
-    text = os.environ.get(key, str(default))
-    try:
-        value = int(text)
-    except ValueError:
-        value = -1
-    if value < 0:
-        raise ConfigError(f"{key} = {text}: expected a whole number; the launcher sets it")
-    return value
-
-
-def _choose_device(config: Config, local_rank: int) -> torch.device:
-    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError("device = cuda: torch sees no GPU on this machine; use device=cpu, or "
-                          "ask for one with launch.gpus_per_rank=1")
-    # SLURM may show each rank its own GPU alone (index 0) or all of the node's.
-    device = torch.device("cuda", local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
-
-
-def cores_per_rank(config: Config) -> int:
-    """Cores this rank may use: what the launch gives it, or its share of this machine."""
-    ranks_here = _environment_int("LOCAL_WORLD_SIZE", config.launch.ranks_per_node)
-    cores = config.launch.cpus_per_rank or len(os.sched_getaffinity(0)) // max(ranks_here, 1)
-    return max(cores, 1)
-
-
-def _keep_freed_memory() -> None:
-    """Let the C library keep what tensors give back.
-
-    By default it maps every large block afresh and unmaps it when freed, so that each activation of
-    each step is paged in and zeroed again by the kernel: a ResNet-50 step at batch 32 took 480,000
-    page faults and a third of its time; then none. Takes effect for what is allocated from now on.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # glibc
-        trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h: M_TRIM_THRESHOLD, ...
-        libc.mallopt(mmap_threshold, 1 << 30)
-        libc.mallopt(trim_threshold, -1)  # never
-        libc.mallopt(top_pad, 64 << 20)
-
-
-def _settle_cuda(config: Config) -> None:
-    """Choose kernels by shape alone, so that a resumed run computes the same bits.
-
-    cuDNN's benchmark may pick another algorithm in every process, and some backward kernels add
-    with atomics unless told not to. torch would run float32 convolutions, but not matrix products,
-    in TF32 by default: here both do where `precision` says so.
-    """
-    fp32 = "tf32" if config.precision == "tf32" else "ieee"
-    torch.backends.cudnn.conv.fp32_precision = fp32  # type: ignore[attr-defined]
-    torch.backends.cuda.matmul.fp32_precision = fp32
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    # Filling fresh memory would cost a kernel per allocation; nothing here reads it unwritten.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -19,16 +19,18 @@ from resnet_dist.config.schema import ConfigError
 
 
 def meet(rank: int, size: int, timeout: timedelta) -> Any:
-    """The ranks' store; None where torchrun's agent keeps one. Collective.
+    """The ranks' store: rank 0's, or the one that torchrun's agent keeps. Collective.
 
     Raises: ConfigError where the environment does not say where; OSError where the port is taken.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return None
     host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     if not host or not port.isdigit():
         raise ConfigError(f"MASTER_ADDR = {host!r}, MASTER_PORT = {port!r}: name the address and "
                           "port where ranks meet; the launcher sets them")
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        agents = dist.TCPStore(host, int(port), size, False, timeout)  # type: ignore[attr-defined]
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return dist.PrefixStore(f"/resnet_dist/{attempt}", agents)  # type: ignore[attr-defined]
     name = interface(own_address(host, int(port)))
     if name:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
