@@ -15,15 +15,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from resnet_dist import kernels
 from resnet_dist.config.schema import Config
 from resnet_dist.data.augmentation.mix import Targets
 from resnet_dist.engine import losses
 from resnet_dist.engine.averaging import AveragedWeights
+from resnet_dist.engine.pixels import Normalization, Pixels
 from resnet_dist.engine.precision import autocast_dtype
 from resnet_dist.engine.transfer import Upload, copy_into, to_host
 from resnet_dist.models import norm
@@ -39,7 +38,6 @@ from resnet_dist.ranks.distributed import (
 )
 from resnet_dist.run.checkpoint import EngineState
 
-Normalization = tuple[np.ndarray, np.ndarray]
 # Normalised float32 images [n, 3, S, S] and labels [n] of a rank's share -> the same, mixed.
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Targets]]
 
@@ -88,9 +86,8 @@ class Engine:
         self.module.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         norm.flatten_bn_stats(self.module)
         broadcast_from_zero([*self.module.parameters(), *self.module.buffers()], world)
-        mean, inv_std = (torch.from_numpy(np.ascontiguousarray(part, dtype=np.float32))
-                         .to(world.device) for part in normalization)
-        self._shift, self._scale = -mean * inv_std, inv_std / 255
+        pixels = Pixels(normalization, world.device)
+        self.normalize, self.pixels = pixels.normalize, pixels.restore
         self.steps = 0  # completed by this engine and those whose state it loaded
         # loss sum, top-1 hits, top-5 hits, images: of this rank in fast mode, of all in exact mode
         self._window = torch.zeros(4, dtype=torch.float64, device=world.device)
@@ -152,18 +149,6 @@ class Engine:
             top1, top5 = losses.correct(logits, targets.labels)
             sums = torch.stack((loss.detach(), top1, top5, torch.full_like(top1, len(targets))))
         return loss, sums
-
-    def normalize(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """uint8 [n, S, S, 3] on the device -> [n, 3, S, S] in channels_last memory.
-
-        On GPUs with a fourth channel of zeros, which `PixelConv2d` knows to ignore.
-        """
-        return kernels.normalize(images, self._scale, self._shift, dtype)
-
-    def pixels(self, x: Tensor) -> Tensor:
-        """What `normalize` did, undone: float32 [n, 3 or 4, S, S] -> uint8 [n, S, S, 3]."""
-        shown = (x[:, :3] - self._shift) / self._scale
-        return shown.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
     def autocast(self) -> torch.autocast:
         """Convolutions and matrix products in bf16 or fp16 where the precision says so."""

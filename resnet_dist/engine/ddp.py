@@ -22,8 +22,9 @@ from resnet_dist.config.schema import Config, ConfigError
 from resnet_dist.data.augmentation.mix import Targets
 from resnet_dist.engine import optim
 from resnet_dist.engine.clock import Exchange
-from resnet_dist.engine.core import Engine, Normalization, euclidean, images_per_forward
+from resnet_dist.engine.core import Engine, euclidean, images_per_forward
 from resnet_dist.engine.graph import CudaRecorder, RecordedStep
+from resnet_dist.engine.pixels import Normalization
 from resnet_dist.engine.precision import precision_of
 from resnet_dist.models import norm
 from resnet_dist.models.keyed import set_sample_keys

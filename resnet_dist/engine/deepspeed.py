@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from resnet_dist.config.schema import Config
 from resnet_dist.data.augmentation.mix import Targets
 from resnet_dist.engine import optim
-from resnet_dist.engine.core import Engine, Normalization, euclidean, images_per_forward
+from resnet_dist.engine.core import Engine, euclidean, images_per_forward
+from resnet_dist.engine.pixels import Normalization
 from resnet_dist.engine.precision import autocast_dtype
 from resnet_dist.ranks.distributed import World, gather_rows
 

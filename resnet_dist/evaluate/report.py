@@ -27,6 +27,7 @@ from resnet_dist.config.load import config_from_dict, config_to_dict, load_froze
 from resnet_dist.config.schema import EVAL_PROTOCOLS, Config, ConfigError, LaunchConfig
 from resnet_dist.data.loader import DataError
 from resnet_dist.data.shards.manifest import Manifest, check_dataset, load_manifest
+from resnet_dist.engine.pixels import Pixels
 from resnet_dist.engine.precision import autocast_dtype
 from resnet_dist.evaluate.judge import Outcomes, figures, log_report, write_report
 from resnet_dist.evaluate.passes import Member, predict
@@ -164,15 +165,8 @@ def _member(loaded: Loaded, shown: Config, world: World) -> Member:
         raise ConfigError(f"--size = {shown.eval.size}: {loaded.run.name} subtracts a mean image "
                           f"of {config.augment.size} pixels; evaluate it at that size")
     own = load_manifest(data_path(config))
-    mean, inverse = (torch.from_numpy(part).to(world.device)
-                     for part in normalization_of(config, own))
-    # The very operations of training, so that the figures of a checkpoint are equal to the bit.
-    shift, scale = -mean * inverse, inverse / 255
+    pixels = Pixels(normalization_of(config, own), world.device)
     dtype = autocast_dtype(config, world.device)
-
-    def prepare(images: Tensor) -> Tensor:
-        x = images.permute(0, 3, 1, 2).to(torch.float32)
-        return x.mul_(scale).add_(shift)
 
     def answer(x: Tensor) -> Tensor:
         with torch.autocast(world.device.type, dtype=dtype or torch.bfloat16,
@@ -180,7 +174,7 @@ def _member(loaded: Loaded, shown: Config, world: World) -> Member:
             logits: Tensor = loaded.model(x)
             return logits.float()
 
-    return answer, prepare
+    return answer, pixels.normalize
 
 
 def _report(loaded: list[Loaded], members: list[Member], outcomes: Outcomes, config: Config,
