@@ -1,8 +1,8 @@
 """`make quickstart`: the whole path on real images, in the commands that a user would type.
 
-Converts the handwritten digits, submits a job of two ranks, kills one rank with SIGKILL on the way,
-watches the run resume by itself, and ends with a table. Exits non-zero where the run does not
-recover or does not reach 97%.
+Converts the handwritten digits, submits a job of two ranks (of one where there is one GPU), kills
+one rank with SIGKILL on the way, watches the run resume by itself, and ends with a table. Exits
+non-zero where the run does not recover or does not reach 97%.
 """
 
 from __future__ import annotations
@@ -36,11 +36,29 @@ def main() -> int:
         command("convert", "digits", str(DATA))
     command("verify", str(DATA))
     name = time.strftime("quickstart-%Y%m%d-%H%M%S")
-    command("submit", str(RECIPE), f"name={name}", "--local")
-    run = RunPaths(Path("runs") / name)
-    steps = load_config(RECIPE).steps
-    killed_at = watch(run, steps)
-    return report(run, killed_at, time.monotonic() - began)
+    said, here = on_this_machine(usable_gpus())
+    console.print(f"\n{said}", highlight=False)
+    command("submit", str(RECIPE), f"name={name}", *here, "--local")
+    run, config = RunPaths(Path("runs") / name), load_config(RECIPE, here)
+    killed_at = watch(run, config.steps)
+    return report(run, killed_at, time.monotonic() - began, config.world)
+
+
+def usable_gpus() -> int:
+    """GPUs that torch can use, asked in a child process: the command imports no torch."""
+    code = "import torch; print(torch.cuda.is_available() and torch.cuda.device_count())"
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    return int(done.stdout) if done.stdout.strip().isdigit() else 0
+
+
+def on_this_machine(gpus: int) -> tuple[str, list[str]]:
+    """What the ranks will compute on, in words and as settings: each takes a GPU of its own."""
+    if not gpus:
+        return "torch sees no GPU here: two ranks on the CPUs", ["device=cpu"]
+    if gpus == 1:
+        return ("one GPU, and a rank takes a whole one: one rank instead of two",
+                ["device=cuda", "launch.ranks_per_node=1"])
+    return f"{gpus} GPUs: two ranks on two of them", ["device=cuda"]
 
 
 def command(*arguments: str) -> None:
@@ -51,7 +69,7 @@ def command(*arguments: str) -> None:
 
 
 def watch(run: RunPaths, steps: int) -> int:
-    """Show progress until the run ends; kill rank 1 once, past a third. Returns the step then."""
+    """Show progress until the run ends; kill the last rank once, past a third; the step then."""
     killed_at = -1
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}"),
                TextColumn("of {task.total} steps"), TimeElapsedColumn(), TimeRemainingColumn())
@@ -83,7 +101,7 @@ def last_step_of(run: RunPaths) -> int:
                default=0)
 
 
-def report(run: RunPaths, killed_at: int, seconds: float) -> int:
+def report(run: RunPaths, killed_at: int, seconds: float, ranks: int) -> int:
     """Print the closing table. Returns the exit code: 0 where all that was promised was seen."""
     status = run_status(run)
     top1 = status.top1 if status.top1 is not None else 0.0
@@ -91,7 +109,8 @@ def report(run: RunPaths, killed_at: int, seconds: float) -> int:
     table = Table(title="quickstart", show_header=False)
     table.add_row("state", status.state + (f": {status.cause}" if status.cause else ""))
     table.add_row("test accuracy", f"{top1:.2f}% (promised: {TARGET_TOP1:.0f}%)")
-    table.add_row("speed", f"{status.images_per_s or 0:,.0f} images/s on 2 ranks")
+    table.add_row("speed", f"{status.images_per_s or 0:,.0f} images/s on {ranks} rank"
+                           + "s" * (ranks > 1))
     table.add_row("killed with SIGKILL", f"at step {killed_at}" if killed_at >= 0 else "never")
     table.add_row("restarts", str(status.restarts))
     table.add_row("iterations redone", str(status.redone_steps))
