@@ -31,7 +31,7 @@ from launcher.slurm.scheduler import cancel, have_slurm, queue_states
 from launcher.submission.submit import handed_to_slurm
 from launcher.supervise.channel import address_of_leader
 from launcher.supervise.workers import last_error
-from resnet_dist.config.load import config_from_dict, with_overrides
+from resnet_dist.config.load import config_from_dict, dump_config, with_overrides
 from resnet_dist.config.schema import Config, ConfigError
 
 _SECTIONS = ("launch", "cluster", "data", "runs", "device")
@@ -47,6 +47,7 @@ class DoctorJob:
     """One node's examination; on node 0 also what was found between the nodes."""
 
     def __init__(self, folder: str, ranks: int, data: str | None) -> None:
+        """folder: shared by the nodes; its config.yaml is the job's, which the ranks go by."""
         self.folder, self.ranks, self.data = folder, ranks, data
 
     def __call__(self) -> list[Finding]:
@@ -66,6 +67,7 @@ class DoctorJob:
         for local in range(self.ranks):
             environment = {**os.environ, "MASTER_ADDR": leader, "MASTER_PORT": str(port),
                            "RANK": str(node * self.ranks + local), "LOCAL_RANK": str(local),
+                           "LOCAL_WORLD_SIZE": str(self.ranks),
                            "WORLD_SIZE": str(len(names) * self.ranks)}
             ranks.append(subprocess.Popen(
                 [sys.executable, "-m", "resnet_dist.ranks.probe", self.folder], env=environment,
@@ -81,8 +83,9 @@ class DoctorJob:
         if node:
             return []
         if failed := [err for rank, (_, err) in zip(ranks, told, strict=True) if rank.returncode]:
-            return [finding("problem", "all-reduce", last_error(failed[0].splitlines()),
-                            _INTERFACE)]
+            reason = last_error(failed[0].splitlines())
+            return [finding("problem", "all-reduce", reason,
+                            "" if "ConfigError" in reason else _INTERFACE)]
         return list(between_nodes(json.loads(told[0][0].splitlines()[-1]), len(names)))
 
 
@@ -130,6 +133,7 @@ def examine_nodes(console: Console, overrides: Sequence[str]) -> list[Finding]:
         raise ConfigError("\n".join(problems))
     folder = Path(config.runs).absolute() / f".doctor-{time.strftime('%Y%m%d-%H%M%S')}"
     folder.mkdir(parents=True, mode=0o700)
+    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     slurm = executor(config, folder, folder)
     with handed_to_slurm():
         job = slurm.submit(DoctorJob(str(folder), config.launch.ranks_per_node, config.data.path))
@@ -155,7 +159,8 @@ def job_config(overrides: Sequence[str]) -> Config:
     if tree["data"]["path"] is not None:
         tree["data"]["path"] = os.path.abspath(tree["data"]["path"])
     config = config_from_dict(tree)
-    limit = replace(config.launch, time_minutes=min(_JOB_MINUTES, config.launch.time_minutes))
+    limit = replace(config.launch, time_minutes=min(_JOB_MINUTES, config.launch.time_minutes),
+                    hang_s=_PATIENCE_S / 4)
     return replace(config, launch=limit)
 
 

@@ -1,9 +1,11 @@
 """Can these processes train together? One rank of `resnet-dist doctor --slurm`.
 
-RANK and company are in the environment, as for a training rank.
+RANK and company are in the environment, as for a training rank, and the ranks meet as those do, by
+the configuration of the job: the same device, interface and group.
 
-`python -m resnet_dist.ranks.probe FOLDER`: rank 0 writes one JSON object to standard output: how
-fast an all-reduce is, how far the clocks are apart, what FOLDER, which all nodes share, promises.
+`python -m resnet_dist.ranks.probe FOLDER`, which all nodes share and which holds config.yaml: rank
+0 writes one JSON object to standard output: how fast an all-reduce is, how far the clocks are
+apart, what FOLDER promises.
 """
 
 from __future__ import annotations
@@ -16,16 +18,19 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from resnet_dist.config.load import load_frozen
+from resnet_dist.ranks.distributed import init_world, shutdown
+
 GRADIENT_BYTES = 25_557_032 * 4  # ResNet-50's in float32
 _ROUNDS = 5
 _PATIENCE_S = 20.0
+_INFINIBAND = Path("/sys/class/infiniband")
 
 
 def probe(folder: Path) -> dict[str, Any]:
@@ -79,8 +84,8 @@ def link_gb_per_s() -> float | None:
 
     InfiniBand where NCCL would use it, else the interface that leads to MASTER_ADDR.
     """
-    ports = [path.read_text().split()[0]
-             for path in Path("/sys/class/infiniband").glob("*/ports/*/rate")]
+    ports = [path.read_text().split()[0] for path in _INFINIBAND.glob("*/ports/*/rate")
+             if "ACTIVE" in path.with_name("state").read_text().split()]
     if ports and dist.get_backend() == "nccl":
         return sum(float(rate) for rate in ports) / 8
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as towards:
@@ -175,16 +180,17 @@ def _gathered(value: Any) -> list[Any]:
     return values
 
 
-def main(folder: str) -> None:
-    local, cuda = int(os.environ["LOCAL_RANK"]), torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=2))
-    found = probe(Path(folder))
-    if dist.get_rank() == 0:
+def main(folder: Path) -> None:
+    world = init_world(load_frozen(folder / "config.yaml"))
+    if world.size == 1:  # which needs no group to train
+        dist.init_process_group("nccl" if world.device.type == "cuda" else "gloo", rank=0,
+                                world_size=1,
+                                store=dist.HashStore())  # type: ignore[attr-defined]
+    found = probe(folder)
+    if world.rank == 0:
         sys.stdout.write(json.dumps(found) + "\n")
-    dist.destroy_process_group()
+    shutdown()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(Path(sys.argv[1]))

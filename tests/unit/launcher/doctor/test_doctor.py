@@ -7,14 +7,17 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from launcher.doctor.machine import examine
-from launcher.doctor.nodes import _merged, between_nodes, job_config
+from launcher.doctor.nodes import DoctorJob, _merged, between_nodes, job_config
 from launcher.doctor.slurm import finding, judged, slurm_findings
+from resnet_dist.config.load import dump_config
 from resnet_dist.config.schema import ConfigError
+from resnet_dist.ranks import probe
 from tests.unit.launcher import slurm_stand_in
 
 GOOD = {"JobRequeue": "1", "KillWait": "30 sec", "PreemptMode": "REQUEUE",
@@ -114,6 +117,7 @@ def test_the_probe_measures_one_rank_alone(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         environment["MASTER_PORT"] = str(free.getsockname()[1])
+    (tmp_path / "config.yaml").write_text(dump_config(job_config(["data=d"])))
     done = subprocess.run([sys.executable, "-m", "resnet_dist.ranks.probe", str(tmp_path)],
                           text=True, capture_output=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -121,3 +125,30 @@ def test_the_probe_measures_one_rank_alone(tmp_path: Path) -> None:
     assert told["folder"]["lock"] is True
     assert told["folder"]["seen_s"] is not None
     assert told["gradient_s"] > 0
+
+
+def test_the_ranks_meet_as_training_ranks_do(tmp_path: Path) -> None:
+    """By the job's configuration: two on one GPU, say, are refused in training's words."""
+    config = job_config(["data=d", "launch.ranks_per_node=2"])
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    job = DoctorJob(str(tmp_path), 2, None)
+    found = {line["what"]: line for line in job._together(0, ["n1"], "7")}
+    assert "gloo, 2 ranks on 1 node" in found["all-reduce"]["found"], found
+    (tmp_path / "config.yaml").write_text(dump_config(replace(config, device="cuda")))
+    (line,) = job._together(0, ["n1"], "8")
+    assert "device = cuda" in line["found"]
+    assert line["remedy"] == "", "the message has one"
+
+
+def test_ports_without_a_link_carry_nothing(tmp_path: Path,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    for port, (state, rate) in enumerate([("4: ACTIVE", "400 Gb/sec (4X NDR)"),
+                                          ("1: DOWN", "400 Gb/sec (4X NDR)"),
+                                          ("2: INIT", "10 Gb/sec (4X SDR)")]):
+        folder = tmp_path / f"mlx5_{port}" / "ports" / "1"
+        folder.mkdir(parents=True)
+        (folder / "state").write_text(state + "\n")
+        (folder / "rate").write_text(rate + "\n")
+    monkeypatch.setattr(probe, "_INFINIBAND", tmp_path)
+    monkeypatch.setattr(probe.dist, "get_backend", lambda: "nccl")
+    assert probe.link_gb_per_s() == 50.0
