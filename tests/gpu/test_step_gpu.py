@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from resnet_dist.bench.step import plain_model
 from resnet_dist.engine.ddp import DDPEngine
 from resnet_dist.kernels import reference
 from tests.dist.runs import build, digest, global_batch, join, make_config, train
+from tests.proofs import plain_resnet20
 
 
 @pytest.fixture(autouse=True)
@@ -177,3 +179,13 @@ def test_losses_of_the_fused_network_stay_within_bf16_noise_of_torch_s_own() -> 
     for start in range(0, 200, 50):
         window = slice(start, start + 50)
         assert sum(ours[window]) == pytest.approx(sum(theirs[window]), rel=0.1)
+
+
+def test_the_plain_loop_to_compare_with_trains_on_this_gpu() -> None:
+    device = torch.device("cuda", 0)
+    net = plain_resnet20.resnet(1).to(device)
+    images = np.zeros((4, 32, 32, 3), np.float32)
+    logits = plain_resnet20.logits_of(net, images, device)
+    logits.sum().backward()
+    assert logits.device == device
+    assert plain_resnet20.test_error(net, images, np.zeros(4, np.int64), device) in (0.0, 100.0)

@@ -5,11 +5,12 @@
 An independent reading of the same recipe on the same files, to compare accuracies with: batch 128,
 BatchNorm over 64 images (two GPUs), SGD 0.1 with momentum 0.9 and decay 1e-4 on everything, rate
 divided by 10 at half and three quarters, 4-pixel padding, random crop and flip, per-pixel mean,
-shortcuts of option A; bfloat16 where the CPU has it, otherwise float32. Two processes stand for the
-paper's two GPUs; one process (python instead of torchrun) takes both halves of a batch in turn.
-2.7 hours on 2 cores with bf16 instructions and other work beside it (seen), perhaps 6 without. Its
-state is saved every 1,000 steps; the same command goes on, and once it has finished, prints all
-errors again.
+shortcuts of option A; bfloat16 where the device has it, otherwise float32. Two processes stand for
+the paper's two GPUs; one process (python instead of torchrun) takes both halves of a batch in turn.
+A GPU is used where torch sees one (by two processes where it sees two); --device cpu says no.
+On 2 cores it takes 2.7 hours with bf16 instructions and other work beside it (seen), perhaps 6
+without. Its state is saved every 1,000 steps; the same command goes on, and once it has finished,
+prints all errors again.
 """
 
 from __future__ import annotations
@@ -29,7 +30,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-BF16 = "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+
+def has_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return "avx512_bf16" in Path("/proc/cpuinfo").read_text()
 
 
 def read(archive: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -94,19 +99,25 @@ def augmented(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return out
 
 
-def as_input(images: np.ndarray) -> Tensor:
-    x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+def as_input(images: np.ndarray, device: torch.device) -> Tensor:
+    x = torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2)
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def logits_of(net: nn.Module, images: np.ndarray, device: torch.device) -> Tensor:
+    with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
+        logits: Tensor = net(as_input(images, device))
+    return logits.float()
+
+
 @torch.no_grad()
-def test_error(net: nn.Module, images: np.ndarray, labels: np.ndarray) -> float:
+def test_error(net: nn.Module, images: np.ndarray, labels: np.ndarray,
+               device: torch.device) -> float:
     net.eval()
     wrong = 0
     for start in range(0, len(images), 500):
-        with torch.autocast("cpu", torch.bfloat16, enabled=BF16):
-            logits = net(as_input(images[start:start + 500]))
-        wrong += int((logits.argmax(1).numpy() != labels[start:start + 500]).sum())
+        logits = logits_of(net, images[start:start + 500], device)
+        wrong += int((logits.argmax(1).cpu().numpy() != labels[start:start + 500]).sum())
     net.train()
     return 100 * wrong / len(images)
 
@@ -125,27 +136,33 @@ def main() -> None:
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if ranks > 2:
         raise SystemExit(f"WORLD_SIZE = {ranks}: a batch has two halves; use at most 2 processes")
-    if ranks > 1:
-        dist.init_process_group("gloo")
-        torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("archive", type=Path)
     parser.add_argument("--steps", type=int, default=64_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--blocks", type=int, default=3, help="a stage; 3 is ResNet-20")
     parser.add_argument("--state", type=Path, default=Path("plain_resnet20.pt"))
+    parser.add_argument("--device", choices=["cpu", "cuda"],
+                        default="cuda" if torch.cuda.device_count() >= ranks else "cpu")
     asked = parser.parse_args()
+    device = torch.device(asked.device, rank if asked.device == "cuda" else 0)
+    if ranks > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        torch.set_num_threads(1)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     data = read(asked.archive)
     # Padding is with the mean image's zero: the paper pads what the mean was taken from.
     mean = data["train"][0].astype(np.float32).mean(0)
     train = (data["train"][0] - mean) / 255
     test, labels = (data["test"][0] - mean) / 255, data["train"][1]
     torch.manual_seed(asked.seed)
-    net = resnet(asked.blocks).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net = resnet(asked.blocks).to(device)
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
     step, spent_s, said = 0, 0.0, []
     if asked.state.exists():
-        saved = torch.load(asked.state, weights_only=True)
+        saved = torch.load(asked.state, weights_only=True, map_location=device)
         net.load_state_dict(saved["net"])
         optimizer.load_state_dict(saved["optimizer"])
         step, spent_s, said = saved["step"], saved["spent_s"], saved["said"]
@@ -159,21 +176,21 @@ def main() -> None:
             following = permutation(asked.seed, epoch + 1, len(train))
             chosen = np.concatenate((chosen, following[:128 - len(chosen)]))
         images = augmented(train[chosen], np.random.default_rng((asked.seed, 1, step)))
-        target = torch.from_numpy(labels[chosen])
+        target = torch.from_numpy(labels[chosen]).to(device)
         for group in optimizer.param_groups:
             group["lr"] = 0.1 * 0.1 ** ((step >= asked.steps // 2) + (step >= asked.steps * 3 // 4))
         optimizer.zero_grad()
         for half in (slice(0, 64), slice(64, 128))[rank::ranks]:
-            with torch.autocast("cpu", torch.bfloat16, enabled=BF16):
-                logits = net(as_input(images[half]))
-            (F.cross_entropy(logits.float(), target[half]) * ranks / 2).backward()
+            logits = logits_of(net, images[half], device)
+            (F.cross_entropy(logits, target[half]) * ranks / 2).backward()
         if ranks > 1:
             mean_over_ranks(net)
         optimizer.step()
         step += 1
         if rank == 0 and (step % 1000 == 0 or step == asked.steps):
             spent = spent_s + time.monotonic() - began
-            said.append(f"step {step}: test error {test_error(net, test, data['test'][1]):.2f}%, "
+            error = test_error(net, test, data["test"][1], device)
+            said.append(f"step {step}: test error {error:.2f}%, "
                         f"{step * 128 / spent:.0f} images/s")
             print(said[-1], flush=True)
             torch.save({"net": net.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
