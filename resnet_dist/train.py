@@ -81,6 +81,8 @@ def train(run: RunPaths, config: Config, world: World, signals: SignalFlag) -> i
     rollbacks = read_rollbacks(run)
     step, state, before = newest(run, world, rollbacks)
     config = settled(config, world, before)
+    if warning := other_sums(config, world, before) if world.rank == 0 else "":
+        log.warning(warning)
     build = model_of if state else fresh_model
     engine = make_engine(build(config, manifest), config, world,
                          normalization_of(config, manifest))
@@ -248,11 +250,20 @@ def validate(engine: Engine, config: Config, world: World, alive: Callable[[], N
 
 def describe(config: Config, manifest: Manifest, world: World, seen: Observed) -> dict[str, Any]:
     """What a checkpoint says about the run that wrote it."""
-    return {"world": world.size, "config": config_to_dict(config),
+    return {"world": world.size, "sums": world.sums, "config": config_to_dict(config),
             "dataset_sha256": manifest_fingerprint(manifest),
             "observed": seen.to_meta(), "classes": list(manifest.classes),
             "torch": torch.__version__, "python": platform.python_version(),
             "time": time.time()}
+
+
+def other_sums(config: Config, world: World, before: dict[str, Any] | None) -> str:
+    """That gradients may be added in another order than when `before` was saved, if they may."""
+    then = (before or {}).get("sums", world.sums)
+    if config.mode == "exact" or then == world.sums:
+        return ""
+    return (f"gradients were summed by {then or 'one rank'} and now are by "
+            f"{world.sums or 'one rank'}: in mode=fast the bits may differ from here on")
 
 
 def report(saves: list[Saved], metrics: Metrics | None) -> int | None:

@@ -119,6 +119,18 @@ def agree(own: Seat, store: Any, rank: int, size: int, config: Config) -> list[S
     return seats
 
 
+def order_of_sums(seats: list[Seat]) -> str:
+    """What decides in which order a backend adds gradients over ranks, as far as it can be told.
+
+    NCCL chooses rings, trees or the switch by its version, the cards and how they are wired.
+    """
+    if seats[0].device != "cuda":
+        return f"gloo, {len(seats)} ranks"
+    version = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+    nodes = Counter(each.host for each in seats).values()
+    return f"NCCL {version}, {torch.cuda.get_device_name()}, {'+'.join(map(str, nodes))} ranks"
+
+
 def _disagreement(seats: list[Seat], config: Config) -> str:
     first = {kind: rank for rank, kind in reversed(list(enumerate(s.device for s in seats)))}
     if len(first) > 1:

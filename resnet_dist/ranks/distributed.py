@@ -24,6 +24,7 @@ from resnet_dist.ranks.devices import (
     choose_device,
     environment_int,
     keep_freed_memory,
+    order_of_sums,
     seat,
     settle_cuda,
     take_cores,
@@ -41,6 +42,7 @@ class World:
     device: torch.device
     control: dist.ProcessGroup | None = field(default=None, compare=False, repr=False)
     cores: int = field(default_factory=lambda: len(os.sched_getaffinity(0)), compare=False)
+    sums: str = ""  # see `order_of_sums`
 
 
 def init_world(config: Config) -> World:
@@ -72,7 +74,7 @@ def init_world(config: Config) -> World:
                             device_id=device if backend == "nccl" else None)
     control = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(control, dist.ProcessGroup)
-    return World(rank, size, local_rank, device, control, cores)
+    return World(rank, size, local_rank, device, control, cores, order_of_sums(seats))
 
 
 def shutdown() -> None:

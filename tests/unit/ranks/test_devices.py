@@ -14,6 +14,7 @@ import torch
 from resnet_dist.config.schema import Config, ConfigError
 from resnet_dist.ranks import devices, distributed
 from resnet_dist.ranks.devices import Seat, parse_cpus, take_cores
+from resnet_dist.train import other_sums
 from tests.dist.harness import run_ranks
 from tests.dist.runs import make_config
 
@@ -95,6 +96,7 @@ def start(seats: list[Seat]) -> str:
     """Join a group as `seats` says; how many ranks there are, or what is refused."""
     devices_own = seats[int(os.environ["RANK"])]
     distributed.seat = lambda _: devices_own  # type: ignore[attr-defined]
+    distributed.order_of_sums = lambda _: ""  # type: ignore[attr-defined]
     try:
         world = distributed.init_world(make_config(len(seats)))
     except ConfigError as error:
@@ -129,6 +131,21 @@ def test_every_rank_refuses_to_share_a_gpu() -> None:
 def test_ranks_that_each_see_their_own_gpu_as_number_0_do_not_share_it() -> None:
     seats = [Seat("n1", "cuda", name, 0, 1) for name in "ab"]
     assert run_ranks(start, 2, seats) == ["2", "2"]
+
+
+def test_a_checkpoint_says_what_decides_the_order_of_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 3))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    sums = devices.order_of_sums(GPUS)
+    assert sums == "NCCL 2.27.3, NVIDIA H100, 2+2 ranks"
+    assert devices.order_of_sums([Seat("n1", "cpu"), Seat("n2", "cpu")]) == "gloo, 2 ranks"
+    world = distributed.World(0, 4, 0, torch.device("cuda", 0), sums=sums)
+    fast, exact = make_config(4), make_config(4, mode="exact")
+    for config, before, warned in (
+            (fast, {"sums": sums}, False), (fast, None, False), (fast, {}, False),
+            (fast, {"sums": "NCCL 2.21.5, NVIDIA H100, 2+2 ranks"}, True),
+            (exact, {"sums": "gloo, 2 ranks"}, False)):
+        assert bool(other_sums(config, world, before)) is warned
 
 
 # -- Cores -----------------------------------------------------------------------------------------
