@@ -81,6 +81,19 @@ def cluster_problems(config: Config) -> list[str]:
     return [*min(found, key=len), *_account_problems(config)]
 
 
+def unasked_gpus(config: Config) -> str:
+    """That the nodes have GPUs and the job asks for none, where nobody said that CPUs are meant."""
+    if config.device != "auto" or gpus_per_node(config) or config.launch.gpu_request == "none":
+        return ""
+    wanted = (config.launch.partition or "").split(",")
+    for each in (partitions() or {}).values():
+        if any(nodes.gpus for nodes in each.nodes) and (
+                each.name in wanted or (each.default and config.launch.partition is None)):
+            return (f"device = auto: partition {each.name} has GPUs and this job asks for none; "
+                    "device=cuda asks for one a rank, device=cpu says that CPUs are meant")
+    return ""
+
+
 def _partition_problems(config: Config, chosen: Partition) -> Iterator[str]:
     if not chosen.up:
         yield (f"launch.partition = {chosen.name}: is not up; `sinfo` shows which are")

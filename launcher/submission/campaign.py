@@ -64,11 +64,13 @@ class Submitted:
     job: str
     evaluations: tuple[str, ...] = ()  # job ids
     conversion: tuple[str, ...] = ()
+    note: str = ""
 
     def as_json(self) -> dict[str, Any]:
         found: dict[str, Any] = {"run": str(self.run.root), "job": self.job}
         if self.evaluations:
             found["evaluations"] = list(self.evaluations)
+        found |= {"note": self.note} if self.note else {}
         return found | ({"conversion": list(self.conversion)} if self.conversion else {})
 
 
@@ -77,6 +79,8 @@ def show(console: Console, submitted: Sequence[Submitted]) -> None:
     def say(what: str, job: str, rest: str = "") -> None:
         console.print(f"[green]{what}[/]  job {job}{rest}", highlight=False, soft_wrap=True)
 
+    if submitted[0].note:
+        console.print(f"[yellow]note[/]  {submitted[0].note}", highlight=False, soft_wrap=True)
     if submitted[0].conversion:
         say("conversion", ", ".join(submitted[0].conversion))
     for each in submitted:
@@ -95,8 +99,8 @@ def submit_order(order: Order) -> list[Submitted]:
     members = configurations(order)
     first = members[0][1]
     after = _jobs(order.after, first.runs)
-    check(first, local=order.local, dataset=order.convert is None, runs=len(members),
-          cluster=not order.trust_slurm)
+    cost = check(first, local=order.local, dataset=order.convert is None, runs=len(members),
+                 cluster=not order.trust_slurm)
     identity = {"id": f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"}
     runs: list[RunPaths] = []
     conversion: tuple[str, ...] = ()
@@ -119,7 +123,8 @@ def submit_order(order: Order) -> list[Submitted]:
             shutil.rmtree(run.root)
         raise
     return [Submitted(run, job, tuple(queue_evaluation(config, run, EvalJob(str(run.root), each),
-                                                       job) for each in order.evaluate), conversion)
+                                                       job) for each in order.evaluate), conversion,
+                      cost.note)
             for (_, config), run, job in zip(members, runs, jobs, strict=True)]
 
 

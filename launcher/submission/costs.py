@@ -53,6 +53,7 @@ class Estimate:
     checkpoint_bytes: int  # one
     checkpoints: int  # on disk at once, at most
     free_bytes: int  # where the run will be
+    note: str = ""  # what is possible and probably not meant
 
     @property
     def disk_bytes(self) -> int:
@@ -73,6 +74,7 @@ class Estimate:
                          f"{'s' * (launch.nodes > 1)} x {launch.ranks_per_node} ranks{jobs}")]
         if self.gpu_hours:
             rows.append(("GPU-hours", f"{self.gpu_hours:,.1f}"))
+        rows += [("note", self.note)] if self.note else []
         return [*rows, ("checkpoints", f"{size(self.disk_bytes)}: {self.checkpoints} of "
                                        f"{size(self.checkpoint_bytes)}; {size(self.free_bytes)} "
                                        "free")]

@@ -11,14 +11,14 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from launcher.frozen.freeze import anchored, refuse_taken
-from launcher.slurm.cluster import cluster_problems
+from launcher.slurm.cluster import cluster_problems, unasked_gpus
 from launcher.slurm.sbatch import batch_script, python_command
 from launcher.slurm.scheduler import have_slurm
 from launcher.submission.costs import Estimate, estimate, size
@@ -52,7 +52,7 @@ def check(config: Config, *, local: bool, dataset: bool = True, runs: int = 1,
             "fewer with checkpoint.keep_last=1")
     if problems:
         raise ConfigError("\n".join(problems))
-    return cost
+    return replace(cost, note=unasked_gpus(config)) if slurm and cluster else cost
 
 
 def _job_problems(config: Config, cluster: bool) -> list[str]:

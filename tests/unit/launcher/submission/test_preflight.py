@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -274,6 +275,24 @@ def test_what_the_cluster_cannot_do_is_told_before_queueing(cluster: Path, launc
     else:
         (problem,) = problems
         assert message in problem
+
+
+@pytest.mark.parametrize(("launch", "device", "noted"), [
+    ({"partition": "gpu"}, "auto", True), ({"partition": "cpu,debug"}, "auto", True),
+    ({"partition": "cpu"}, "auto", False), ({}, "auto", False),
+    ({"partition": "gpu"}, "cpu", False), ({"partition": "gpu"}, "cuda", False),
+    ({"partition": "gpu", "gpu_request": "none"}, "auto", False), (GPU, "auto", False)])
+def test_gpus_that_nobody_asks_for_are_noted(cluster: Path, launch: dict, device: str,
+                                             noted: bool) -> None:
+    said = cluster_module.unasked_gpus(replace(asking(**launch), device=device))
+    assert bool(said) is noted
+    assert not noted or "device=cuda asks for one a rank" in said
+
+
+def test_the_note_reaches_the_plan(digits: Path, tmp_path: Path, cluster: Path) -> None:
+    words = (f"data={digits}", f"runs={tmp_path}/runs", "launch.partition=gpu", "device=auto")
+    plan = plan_order(Order(RECIPE, words))
+    assert dict(plan.cost.rows(plan.config))["note"].startswith("device = auto: partition gpu has")
 
 
 def test_of_several_partitions_one_must_do(cluster: Path) -> None:
