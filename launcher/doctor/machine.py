@@ -43,6 +43,10 @@ _LOST = re.compile(r"(lib[\w+.-]+): cannot open shared object file")
 _GPU = ("import torch; n = torch.cuda.device_count(); "
         "print(', '.join(torch.cuda.get_device_name(i) for i in range(n)) if n else 'none')")
 
+# Of today's loader, for ResNet-50 on an H200, by recipe: docs/scaling.md.
+_CORES_LEAST, _CORES_ENOUGH = 4, 10
+
+
 def examine(folder: Path = Path(), *, slurm: bool = True, data: str | None = None
             ) -> list[Finding]:
     """All findings, cheapest first.
@@ -119,12 +123,29 @@ def _cpus() -> Finding:
 def _gpus() -> list[Finding]:
     """What torch sees, and the driver under it."""
     found = _child("gpus", _GPU, "check the driver with `nvidia-smi`")
-    if found["found"] != "none":
+    if found["state"] == "problem":
         return [found, *_driver()]
-    if shutil.which("nvidia-smi"):
-        return [_finding("problem", "gpus", "nvidia-smi is here but torch sees none",
-                         "install a CUDA build of torch"), *_driver()]
+    if found["found"] != "none":
+        return [found, *_driver(), _feeding(found["found"].count(",") + 1,
+                                            len(os.sched_getaffinity(0)))]
+    if shutil.which("nvidia-smi") or any(Path("/dev").glob("nvidia[0-9]*")):
+        return [_finding("problem", "gpus", "the machine has some but torch sees none",
+                         "install a CUDA build of torch that fits the driver; a run refuses to "
+                         "start here without device=cpu"), *_driver()]
     return [_finding("note", "gpus", "none", "training runs on the CPUs")]
+
+
+def _feeding(gpus: int, cores: int) -> Finding:
+    """Whether the loader can keep the GPUs busy with the cores that are here."""
+    each = cores / gpus
+    found = f"{each:.0f} cores a GPU" if each >= 1 else f"{cores} cores for {gpus} GPUs"
+    if each >= _CORES_ENOUGH:
+        return _finding("ok", "feeding", f"{found}: enough for every ResNet-50 recipe")
+    what = ("an H200 would wait for images with heavy augmentation or small pictures"
+            if each >= _CORES_LEAST else "an H200 would wait for images of any ResNet-50 recipe")
+    return _finding("note", "feeding", f"{found}: {what}",
+                    f"{_CORES_LEAST} to {_CORES_ENOUGH} cores a GPU feed it (docs/scaling.md): "
+                    "launch.cpus_per_rank asks SLURM for more")
 
 
 def _driver() -> list[Finding]:

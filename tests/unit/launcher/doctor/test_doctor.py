@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.doctor import machine
 from launcher.doctor.machine import examine
 from launcher.doctor.nodes import DoctorJob, _merged, between_nodes, job_config
 from launcher.doctor.slurm import finding, judged, slurm_findings
@@ -152,3 +153,17 @@ def test_ports_without_a_link_carry_nothing(tmp_path: Path,
     monkeypatch.setattr(probe, "_INFINIBAND", tmp_path)
     monkeypatch.setattr(probe.dist, "get_backend", lambda: "nccl")
     assert probe.link_gb_per_s() == 50.0
+
+
+@pytest.mark.parametrize(("gpus", "cores", "state", "said"), [
+    (8, 128, "ok", "16 cores a GPU: enough"), (8, 48, "note", "6 cores a GPU: an H200 would wait "
+     "for images with heavy"), (4, 8, "note", "of any ResNet-50"), (8, 2, "note", "2 cores for 8")])
+def test_it_says_whether_the_cores_can_feed_the_gpus(
+        gpus: int, cores: int, state: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_child", lambda *_: finding("ok", "gpus", ", ".join(
+        ["NVIDIA H200"] * gpus)))
+    monkeypatch.setattr(machine, "_driver", list)
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: set(range(cores)))
+    line = machine._gpus()[-1]
+    assert (line["what"], line["state"]) == ("feeding", state)
+    assert said in line["found"]
