@@ -330,8 +330,9 @@ def main(arguments: list[str]) -> NoReturn:
         log.exception("failed")
         log.error("%s: %s", type(error).__name__, " ".join(str(error).split()))
         code = CRASHED
-    # Leave at once: peers notice the closed connections, no destructor can wait for them, and
-    # Python's own farewell takes seconds in which the rank would seem to hang.
+    # Leave at once: peers over gloo notice the closed connections, and those over NCCL are ended by
+    # the supervisor; no destructor can wait for them, and Python's own farewell takes seconds in
+    # which the rank would seem to hang.
     logging.shutdown()
     os._exit(code)
 
