@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,40 @@ def kernels_beside_torch(console: Console, arguments: list[str], *, as_json: boo
                       *(f"{row['ours_is'][name]:.2f}" for name in others),
                       f"{row['bytes_per_s'] / 1e9:,.1f}", f"{100 * row['of_copy']:.0f}%")
     console.print(table)
+
+
+def kernels_compiled(console: Console, *, as_json: bool) -> None:
+    """What every kernel's machine code needs, by architecture; exits with 1 where that is too much.
+
+    Raises: ConfigError where there is no compiler.
+    """
+    if find_spec("triton") is None:
+        raise ConfigError("--compile-only: Triton, which compiles the kernels, is not installed; "
+                          "`pip install triton`, or the extra `test`, brings it")
+    result = _measured("compiled", [], as_json)
+    if result is None:
+        return
+    by_kernel: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        by_kernel.setdefault((row["kernel"], row["variant"], row["dtype"]), []).append(row)
+    architectures = sorted({row["architecture"] for row in result["rows"]})
+    table = Table("kernel", "variant", "dtype", "registers", "allowed", "spilled", "shared",
+                  "instructions", "loads", "stores",
+                  title=f"Triton {result['triton']}, compiled for "
+                        f"{', '.join(f'sm_{number}' for number in architectures)}; loads and "
+                        "stores: how many of how many bits")
+    for names, rows in by_kernel.items():
+        registers, *each = ("/".join(str(row[key]) for row in rows)
+                            for key in ("registers", "stack", "shared", "instructions"))
+        widths = [", ".join(f"{count} of {bits}" for bits, count in rows[-1][key].items())
+                  for key in ("loads", "stores")]
+        table.add_row(*names, registers, str(rows[0]["allowed"]), *each, *widths,
+                      style=None if all(row["fits"] for row in rows) else "red")
+    console.print(table)
+    bad = sum(not row["fits"] for row in result["rows"])
+    if bad:
+        sys.exit(f"{bad} of {len(result['rows'])} spill, or take more registers than is allowed "
+                 "beside the kernel")
 
 
 def scaling_here(console: Console, arguments: list[str], *, planned: bool,

@@ -85,14 +85,18 @@ def bench_kernels(
     precision: Annotated[str, typer.Option("--precision", help="bf16, fp16, fp32; auto")] = "auto",
     rounds: Annotated[int, typer.Option("--rounds")] = 5,
     compiled: Annotated[bool, typer.Option("--compiled", help="torch.compile, too")] = False,
+    compile_only: Annotated[bool, typer.Option(
+        "--compile-only", help="registers and spills of every kernel; no GPU needed")] = False,
     as_json: Json = False,
 ) -> None:
     """Each kernel beside its plain formulation, with the share of a copy's speed.
 
     Example: `resnet-dist bench kernels --batch 64 --precision bf16`
     """
-    from launcher.bench import kernels_beside_torch
+    from launcher.bench import kernels_beside_torch, kernels_compiled
 
+    if compile_only:
+        return kernels_compiled(console, as_json=as_json)
     kernels_beside_torch(console, ["--batch", str(batch), "--bn-batch", str(bn_batch),
                                    "--precision", precision, "--rounds", str(rounds),
                                    *(["--compiled"] if compiled else [])], as_json=as_json)

@@ -7,15 +7,35 @@ is always shown the plain formulation, which it fuses better than it sees throug
 Triton is imported when a GPU asks for it: machines without one need not have it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_dist.kernels import batch_norm, native_batch_norm, reference
 
+_imagined: ContextVar[bool] = ContextVar("imagined", default=False)
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Inside, tensors of the meta device go where a GPU's would: to see what would be launched."""
+    token = _imagined.set(True)
+    try:
+        yield
+    finally:
+        _imagined.reset(token)
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.is_cuda or (x.is_meta and _imagined.get())
+
 
 def _by_triton(x: Tensor) -> bool:
-    return (x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return (_on_gpu(x) and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
             and not torch.compiler.is_compiling())
 
 
@@ -78,7 +98,7 @@ def normalize(images: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) 
 
     On a GPU a fourth channel of zeros comes with it (`reference.normalize`).
     """
-    if images.is_cuda:
+    if _on_gpu(images):
         from resnet_dist.kernels.gpu import normalize
 
         return normalize.normalize(images, scale, shift, dtype)
@@ -86,4 +106,4 @@ def normalize(images: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) 
     return x.mul_(scale).add_(shift).to(dtype)
 
 
-__all__ = ["average_pool", "ghost_batch_norm", "max_pool", "normalize"]
+__all__ = ["as_on_a_gpu", "average_pool", "ghost_batch_norm", "max_pool", "normalize"]

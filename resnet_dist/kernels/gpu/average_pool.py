@@ -11,7 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from resnet_dist.kernels.gpu.limits import OPTIONS, at_most
 
+
+@at_most(registers=64)
 @triton.jit
 def _forward_kernel(x, y, pixels, channels, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
     image = tl.program_id(0)
@@ -26,6 +29,7 @@ def _forward_kernel(x, y, pixels, channels, PIXELS: tl.constexpr, CHANNELS: tl.c
     tl.store(y + image * channels + c, (total / pixels).to(y.dtype.element_ty), mask=c < channels)
 
 
+@at_most(registers=64)
 @triton.jit
 def _backward_kernel(grad, grad_x, pixels, channels, PIXELS: tl.constexpr,
                      CHANNELS: tl.constexpr):
@@ -45,7 +49,7 @@ def _launch(kernel: Any, source: Tensor, target: Tensor, shape: torch.Size) -> N
     columns = min(128, triton.next_power_of_2(channels))
     pixels = min(2048 // columns, triton.next_power_of_2(height * width))
     kernel[(images, triton.cdiv(channels, columns))](source, target, height * width, channels,
-                                                     PIXELS=pixels, CHANNELS=columns)
+                                                     PIXELS=pixels, CHANNELS=columns, **OPTIONS)
 
 
 class _AveragePool(torch.autograd.Function):

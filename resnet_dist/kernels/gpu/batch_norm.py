@@ -19,15 +19,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 4096  # elements of one tile: 32 a thread at 4 warps
+from resnet_dist.kernels.gpu.limits import OPTIONS, at_most
+
+TILE_BYTES = 8192  # of one tile: four vectors of 128 bits a thread
 MAX_SPLITS = 64  # programs that share the rows of one group; their sums are one tile
 PROGRAMS_PER_SM = 4
 
 
 @triton.jit
 def _normalised(x, mean, scale, bias):
-    """Both directions compute y by this one expression, so that its sign is the same in both."""
-    return (x - mean[None, :]) * scale[None, :] + bias[None, :]
+    """Both directions compute y by this one expression, so that its sign is the same in both.
+
+    The fusion is written out: what a compiler fuses by itself it may fuse in one place only.
+    """
+    scale, bias = tl.broadcast_to(scale[None, :], x.shape), tl.broadcast_to(bias[None, :], x.shape)
+    return tl.fma(x - mean[None, :], scale, bias)
 
 
 @triton.jit
@@ -36,6 +42,7 @@ def _rounded(value, pointer):
     return value.to(pointer.dtype.element_ty).to(tl.float32)
 
 
+@at_most(registers=96)
 @triton.jit
 def _moments_kernel(x, partial, rows, channels, per_program, splits,
                     ROWS: tl.constexpr, CHANNELS: tl.constexpr):
@@ -65,6 +72,7 @@ def _moments_kernel(x, partial, rows, channels, per_program, splits,
     tl.store(partial + at + splits * channels, squares, mask=c < channels)
 
 
+@at_most(registers=128)
 @triton.jit
 def _apply_kernel(x, y, residual, mask, weight, bias, partial, mean_out, var_out, invstd_out,
                   rows, channels, per_program, splits, mask_bytes, eps,
@@ -76,10 +84,10 @@ def _apply_kernel(x, y, residual, mask, weight, bias, partial, mean_out, var_out
     c = first_channel + tl.arange(0, CHANNELS)
     real = c < channels
     s = tl.arange(0, SPLITS)
-    at = (group * 2 * splits + s)[:, None] * channels + c[None, :]
+    parts = (group * 2 * splits + s)[:, None] * channels + c[None, :]
     there = (s < splits)[:, None] & real[None, :]
-    means = tl.load(partial + at, mask=there, other=0.0)
-    squares = tl.load(partial + at + splits * channels, mask=there, other=0.0)
+    means = tl.load(partial + parts, mask=there, other=0.0)
+    squares = tl.load(partial + parts + splits * channels, mask=there, other=0.0)
     counts = tl.minimum(rows - s * per_program, per_program)
     counts = tl.where(s < splits, counts, 0).to(tl.float32)[:, None]
     mean = tl.sum(means * counts, 0) / rows
@@ -117,6 +125,7 @@ def _apply_kernel(x, y, residual, mask, weight, bias, partial, mean_out, var_out
         tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
 
 
+@at_most(registers=128)
 @triton.jit
 def _reduce_kernel(grad, x, mask, grad_residual, weight, bias, mean, invstd, partial,
                    rows, channels, per_program, splits, mask_bytes,
@@ -158,6 +167,7 @@ def _reduce_kernel(grad, x, mask, grad_residual, weight, bias, mean, invstd, par
     tl.store(partial + at + splits * channels, along, mask=real)
 
 
+@at_most(registers=128)
 @triton.jit
 def _gradient_kernel(grad, x, grad_x, weight, bias, mean, invstd, partial, grad_weight, grad_bias,
                      rows, channels, per_program, splits, RECOMPUTE: tl.constexpr,
@@ -170,10 +180,10 @@ def _gradient_kernel(grad, x, grad_x, weight, bias, mean, invstd, partial, grad_
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     real = c < channels
     s = tl.arange(0, SPLITS)
-    at = (group * 2 * splits + s)[:, None] * channels + c[None, :]
+    parts = (group * 2 * splits + s)[:, None] * channels + c[None, :]
     there = (s < splits)[:, None] & real[None, :]
-    plain = tl.sum(tl.load(partial + at, mask=there, other=0.0), 0)
-    along = tl.sum(tl.load(partial + at + splits * channels, mask=there, other=0.0), 0)
+    plain = tl.sum(tl.load(partial + parts, mask=there, other=0.0), 0)
+    along = tl.sum(tl.load(partial + parts + splits * channels, mask=there, other=0.0), 0)
     m = tl.load(mean + group * channels + c, mask=real, other=0.0)
     inv = tl.load(invstd + group * channels + c, mask=real, other=0.0)
     scale = tl.load(weight + c, mask=real, other=0.0) * inv
@@ -206,7 +216,9 @@ class _Plan:
         images, self.channels, height, width = x.shape
         self.groups, self.rows = images // bn_batch, bn_batch * height * width
         self.CHANNELS = min(64, max(8, triton.next_power_of_2(self.channels)))
-        self.ROWS = TILE // self.CHANNELS
+        # Where no vector fits, every element has an address of its own: fewer at once.
+        tile = TILE_BYTES // x.itemsize // (1 if self.channels % 8 == 0 else 4)
+        self.ROWS = tile // self.CHANNELS
         blocks = triton.cdiv(self.channels, self.CHANNELS)
         sms = (torch.cuda.get_device_properties(x.device).multi_processor_count
                if x.is_cuda else 1)
@@ -242,11 +254,12 @@ class _GhostBatchNorm(torch.autograd.Function):
                 if packs else None)
         added = None if residual is None else _channels_last(residual)
         shape = (plan.rows, plan.channels, plan.per_program, plan.splits)
-        _moments_kernel[plan.grid](x, partial, *shape, ROWS=plan.ROWS, CHANNELS=plan.CHANNELS)
+        _moments_kernel[plan.grid](x, partial, *shape, ROWS=plan.ROWS, CHANNELS=plan.CHANNELS,
+                                   **OPTIONS)
         _apply_kernel[plan.grid](
             x, y, added, mask, weight, bias, partial, mean, var, invstd, *shape,
             plan.mask_bytes, eps, RESIDUAL=added is not None, RELU=relu,
-            SPLITS=plan.SPLITS, ROWS=plan.ROWS, CHANNELS=plan.CHANNELS)
+            SPLITS=plan.SPLITS, ROWS=plan.ROWS, CHANNELS=plan.CHANNELS, **OPTIONS)
         ctx.save_for_backward(x, weight, bias, mean, invstd, mask)
         ctx.bn_batch, ctx.relu = bn_batch, relu
         ctx.residual_dtype = None if residual is None else residual.dtype
@@ -267,11 +280,11 @@ class _GhostBatchNorm(torch.autograd.Function):
         shape = (plan.rows, plan.channels, plan.per_program, plan.splits)
         _reduce_kernel[plan.grid](
             grad, x, mask, masked, weight, bias, mean, invstd, partial, *shape, plan.mask_bytes,
-            RESIDUAL=packed, RELU=ctx.relu, ROWS=plan.ROWS, CHANNELS=plan.CHANNELS)
+            RESIDUAL=packed, RELU=ctx.relu, ROWS=plan.ROWS, CHANNELS=plan.CHANNELS, **OPTIONS)
         _gradient_kernel[plan.grid](
             masked if packed else grad, x, grad_x, weight, bias, mean, invstd, partial,
             grad_weight, grad_bias, *shape, RECOMPUTE=ctx.relu and not packed,
-            SPLITS=plan.SPLITS, ROWS=plan.ROWS, CHANNELS=plan.CHANNELS)
+            SPLITS=plan.SPLITS, ROWS=plan.ROWS, CHANNELS=plan.CHANNELS, **OPTIONS)
         grad_residual = None
         if residual:
             grad_residual = masked if packed else grad.to(ctx.residual_dtype)

@@ -12,9 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from resnet_dist.kernels.gpu.limits import OPTIONS, at_most
+
 TILE = 2048  # elements: a tile stays in registers beside the running maximum and its place
 
 
+@at_most(registers=96)
 @triton.jit
 def _forward_kernel(x, y, place, outputs, channels, height, width, out_height, out_width,
                     SIZE: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
@@ -41,6 +44,7 @@ def _forward_kernel(x, y, place, outputs, channels, height, width, out_height, o
     tl.store(place + at, winner.to(tl.uint8), mask=real)
 
 
+@at_most(registers=96)
 @triton.jit
 def _backward_kernel(grad, place, grad_x, inputs, channels, height, width, out_height, out_width,
                      SIZE: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
@@ -69,7 +73,8 @@ def _backward_kernel(grad, place, grad_x, inputs, channels, height, width, out_h
 
 def _blocks(channels: int) -> tuple[int, int]:
     columns = min(64, triton.next_power_of_2(channels))
-    return TILE // columns, columns
+    # Where no vector fits, every element has an address of its own: fewer at once.
+    return TILE // columns // (1 if channels % 8 == 0 else 4), columns
 
 
 class _MaxPool(torch.autograd.Function):
@@ -88,7 +93,7 @@ class _MaxPool(torch.autograd.Function):
         grid = (triton.cdiv(outputs, ROWS), triton.cdiv(channels, CHANNELS))
         _forward_kernel[grid](x, y, place, outputs, channels, height, width, out_height, out_width,
                               SIZE=size, STRIDE=stride, PADDING=padding, ROWS=ROWS,
-                              CHANNELS=CHANNELS)
+                              CHANNELS=CHANNELS, **OPTIONS)
         ctx.save_for_backward(place)
         ctx.shape, ctx.window = x.shape, (size, stride, padding)
         return y
@@ -107,7 +112,8 @@ class _MaxPool(torch.autograd.Function):
         grid = (triton.cdiv(inputs, ROWS), triton.cdiv(channels, CHANNELS))
         _backward_kernel[grid](grad, place, grad_x, inputs, channels, height, width,
                                *grad.shape[2:], SIZE=size, STRIDE=stride, PADDING=padding,
-                               REACH=triton.cdiv(size, stride), ROWS=ROWS, CHANNELS=CHANNELS)
+                               REACH=triton.cdiv(size, stride), ROWS=ROWS, CHANNELS=CHANNELS,
+                               **OPTIONS)
         return grad_x, None, None, None
 
 

@@ -9,9 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from resnet_dist.kernels.gpu.limits import OPTIONS, at_most
+
 PIXELS = 1024
 
 
+@at_most(registers=96)
 @triton.jit
 def _kernel(images, scale, shift, flip, colour, out, pixels, width, PADDED: tl.constexpr,
             PER_PIXEL: tl.constexpr, FLIP: tl.constexpr, COLOUR: tl.constexpr,
@@ -54,5 +57,6 @@ def normalize(images: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype,
     _kernel[(triton.cdiv(pixels, PIXELS), count)](
         images.contiguous(), scale.contiguous(), shift.contiguous(),
         flip if flip is None else flip.to(torch.uint8), colour, out, pixels, width, PADDED=4,
-        PER_PIXEL=per_pixel, FLIP=flip is not None, COLOUR=colour is not None, PIXELS=PIXELS)
+        PER_PIXEL=per_pixel, FLIP=flip is not None, COLOUR=colour is not None, PIXELS=PIXELS,
+        **OPTIONS)
     return out
