@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_dist import kernels
-from resnet_dist.bench.step import ceilings, device_name, the_device, wait_for
+from resnet_dist.bench.step import ceilings, device_name, the_device
 from resnet_dist.config.load import config_from_dict
 from resnet_dist.engine.precision import native
 from resnet_dist.kernels import batch_norm, reference
@@ -35,6 +35,8 @@ from resnet_dist.ranks.distributed import init_world
 SHAPES = ((64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7),
           (2048, 7))
 NHWC = torch.channels_last
+REPEATS = 32  # some 500 launches, which a stream takes without waiting
+PAUSE_CYCLES = 40_000_000  # 20 ms at 2 GHz: longer than the host takes for so many
 
 
 def cases(batch: int, bn_batch: int, dtype: torch.dtype,
@@ -119,6 +121,23 @@ def _compiled() -> SimpleNamespace:
                               for name, meaning in meanings.items()})
 
 
+def milliseconds(work: Callable[[], object], device: torch.device) -> float:
+    """One `work()` on the device. On a GPU without the host's 100 to 200 us of Python, which would
+    be most of it: the kernels of `REPEATS` calls wait behind a pause until all are launched."""
+    if device.type != "cuda":
+        began = time.perf_counter()
+        work()
+        return 1e3 * (time.perf_counter() - began)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(PAUSE_CYCLES)
+    start.record()
+    for _ in range(REPEATS):
+        work()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / REPEATS
+
+
 def bench_kernels(args: argparse.Namespace, progress: Callable[[str], None]) -> dict[str, Any]:
     """Milliseconds of forward and backward, medians of alternating rounds, and bytes/s."""
     device = the_device()
@@ -133,12 +152,9 @@ def bench_kernels(args: argparse.Namespace, progress: Callable[[str], None]) -> 
         times: dict[str, list[float]] = {name: [] for name in competitors}
         for number in range(args.rounds + 1):
             for name, work in competitors.items():
-                wait_for(device)
-                began = time.perf_counter()
-                work()
-                wait_for(device)
+                taken = milliseconds(work, device)
                 if number:  # the first compiles and allocates
-                    times[name].append(1e3 * (time.perf_counter() - began))
+                    times[name].append(taken)
         median = {name: statistics.median(values) for name, values in times.items()}
         rows.append({"kernel": kernel, "shape": shape, "bytes": size, "ms": median, "rounds": times,
                      "bytes_per_s": size / median["ours"] * 1e3,
