@@ -96,6 +96,31 @@ def step_beside_torch(console: Console, arguments: list[str], *, as_json: bool) 
                   f"{result['flops_per_s'] / 1e12:,.2f} TFLOP/s", highlight=False)
 
 
+def step_account(console: Console, arguments: list[str], *, as_json: bool) -> None:
+    """Launches, bytes and milliseconds of a step by kind, ours and torch's; nothing is measured.
+
+    Raises: ConfigError where Triton, whose launches are counted, is missing.
+    """
+    _needs_triton("--account")
+    result = _measured("account", arguments, as_json)
+    if result is None:
+        return
+    table = Table("kind", *(f"{who}, {what}" for who in result["steps"]
+                            for what in ("launches", "GB", "ms")),
+                  title=f"a step of {result['model']}, batch {result['batch']}, "
+                        f"{result['size']} px, {result['precision']}, counted: "
+                        f"{result['bytes_per_s'] / 1e12:g} TB/s, "
+                        f"{result['flops_per_s'] / 1e12:g} TFLOP/s, "
+                        f"a launch at least {result['launch_us']:g} us")
+    kinds = sorted({kind for rows in result["steps"].values() for kind in rows} - {"all"})
+    for kind in (*kinds, "all"):
+        row = [rows.get(kind, {"launches": 0, "bytes": 0, "s": 0})
+               for rows in result["steps"].values()]
+        table.add_row(kind, *(text for each in row for text in (
+            f"{each['launches']:.0f}", f"{each['bytes'] / 1e9:.2f}", f"{1e3 * each['s']:.2f}")))
+    console.print(table)
+
+
 def kernels_beside_torch(console: Console, arguments: list[str], *, as_json: bool) -> None:
     """Each kernel against its plain formulation."""
     result = _measured("kernels", arguments, as_json)
@@ -119,9 +144,7 @@ def kernels_compiled(console: Console, *, as_json: bool) -> None:
 
     Raises: ConfigError where there is no compiler.
     """
-    if find_spec("triton") is None:
-        raise ConfigError("--compile-only: Triton, which compiles the kernels, is not installed; "
-                          "`pip install triton`, or the extra `test`, brings it")
+    _needs_triton("--compile-only")
     result = _measured("compiled", [], as_json)
     if result is None:
         return
@@ -207,6 +230,12 @@ def saves_side_by_side(console: Console, scratch: Path | None, arguments: list[s
         table.add_row(way, f"{stall_s:.3f}", f"{stall_s / 60:.2%}", f"{lost_s:.2f}",
                       f"{lost_s / 60:.2%}")
     console.print(table)
+
+
+def _needs_triton(option: str) -> None:
+    if find_spec("triton") is None:
+        raise ConfigError(f"{option}: Triton, whose kernels are looked at, is not installed; "
+                          "`pip install triton`, or the extra `test`, brings it")
 
 
 def _measured(what: str, arguments: list[str], as_json: bool) -> dict[str, Any] | None:

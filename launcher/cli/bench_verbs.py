@@ -65,17 +65,27 @@ def bench_step(
     precision: Annotated[str, typer.Option("--precision", help="bf16, fp16, fp32; auto")] = "auto",
     rounds: Annotated[int, typer.Option("--rounds")] = 5,
     steps: Annotated[int, typer.Option("--steps", help="of one competitor in one round")] = 3,
+    account: Annotated[bool, typer.Option(
+        "--account", help="count launches and bytes instead; no GPU needed")] = False,
+    tb_per_s: Annotated[float, typer.Option("--tb-per-s", help="account: of a copy")] = 4.3,
+    tflops: Annotated[float, typer.Option("--tflops", help="account: of a product")] = 790,
+    launch_us: Annotated[float, typer.Option("--launch-us", help="account: at least")] = 2.2,
     as_json: Json = False,
 ) -> None:
     """The training step beside torch's own: eager, channels_last, compiled; and the floor.
 
     Example, on an H200: `resnet-dist bench step --batch 256 --steps 20`
     """
-    from launcher.bench import step_beside_torch
+    from launcher.bench import step_account, step_beside_torch
 
-    step_beside_torch(console, ["--model", model, "--batch", str(batch), "--bn-batch",
-                                str(bn_batch), "--size", str(size), "--precision", precision,
-                                "--rounds", str(rounds), "--steps", str(steps)], as_json=as_json)
+    network = ["--model", model, "--batch", str(batch), "--bn-batch", str(bn_batch), "--size",
+               str(size), "--precision", precision]
+    if account:
+        return step_account(console, [*network, "--bytes-per-s", str(1e12 * tb_per_s),
+                                      "--flops-per-s", str(1e12 * tflops), "--launch-us",
+                                      str(launch_us)], as_json=as_json)
+    step_beside_torch(console, [*network, "--rounds", str(rounds), "--steps", str(steps)],
+                      as_json=as_json)
 
 
 @measure("kernels")

@@ -21,15 +21,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from resnet_dist.bench.account import Rates, by_kind, eager_step, our_step
+from resnet_dist.bench.peer import classes, plain_model
 from resnet_dist.bench.rounds import Competitor, Numbers, alternate, serve, summary
-from resnet_dist.bench.traffic import floor_s, step_kernels, totals
 from resnet_dist.config.load import config_from_dict
 from resnet_dist.engine.ddp import make_engine
 from resnet_dist.engine.precision import AUTOCAST_DTYPES, native
 from resnet_dist.models.build import build_model
-from resnet_dist.models.norm import GhostBatchNorm2d
 from resnet_dist.ranks.devices import allow_tf32
 from resnet_dist.ranks.distributed import init_world
 
@@ -71,15 +71,16 @@ def bench_step(args: argparse.Namespace, progress: Callable[[str], None]) -> dic
     progress("measuring this device's memory and arithmetic")
     copy, arithmetic = ceilings(args.precision, args.threads)
     result["bytes_per_s"], result["flops_per_s"] = copy, arithmetic
-    result["levels"] = {}
-    for level in ("eager", "fused"):
-        kernels = step_kernels(args.model, batch=args.batch, size=args.size,
-                               num_classes=classes(args.size), level=level,  # type: ignore[arg-type]
-                               element=2 if args.precision in AUTOCAST_DTYPES else 4)
-        size, flops = totals(kernels)
-        rate = args.batch / floor_s(kernels, copy, arithmetic)
-        result["levels"][level] = {"bytes": size, "flops": flops, "images_per_s": rate,
-                                   "ours": ours / rate}
+    rates, result["levels"] = Rates(copy, arithmetic, 0.0), {}
+    common = {"batch": args.batch, "size": args.size, "precision": args.precision}
+    levels = {"eager": eager_step(args.model, **common)}
+    if the_device().type == "cuda":
+        levels["ours"] = our_step(args.model, bn_batch=args.bn_batch, **common)
+    for level, launches in levels.items():
+        whole = by_kind(launches, rates)["all"]
+        rate = args.batch / whole["s"]
+        result["levels"][level] = {"bytes": whole["bytes"], "flops": whole["flops"],
+                                   "images_per_s": rate, "ours": ours / rate}
     return result
 
 
@@ -121,10 +122,6 @@ def device_name() -> str:
     model = [line.split(":")[1].strip() for line in open("/proc/cpuinfo")  # noqa: SIM115
              if line.startswith("model name")]
     return f"{len(os.sched_getaffinity(0))} cores of {model[0] if model else 'a CPU'}"
-
-
-def classes(size: int) -> int:
-    return 1000 if size > 64 else 10
 
 
 # -- One competitor --------------------------------------------------------------------------------
@@ -178,28 +175,6 @@ def _our_step(settings: dict[str, Any], images: Tensor, labels: Tensor, *,
     engine = make_engine(model, config, world, (np.full(shape, 0.45, np.float32),
                                                 np.full(shape, 4.4, np.float32)))
     return lambda: engine.train_step(images, labels, None, 0.01)
-
-
-class _BatchNorm(nn.BatchNorm2d):
-    """torch's own where the model calls for ours."""
-
-    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
-        y = super().forward(x)
-        y = y if residual is None else y + residual
-        return F.relu(y) if relu else y
-
-
-def plain_model(name: str, num_classes: int) -> nn.Module:
-    """The network in torch's modules alone."""
-    model = build_model(name, num_classes=num_classes)
-    for module in list(model.modules()):
-        for child_name, child in module.named_children():
-            if isinstance(child, GhostBatchNorm2d):
-                setattr(module, child_name, _BatchNorm(child.num_features, eps=child.eps))
-            elif isinstance(child, nn.MaxPool2d):
-                setattr(module, child_name, nn.MaxPool2d(child.kernel_size, child.stride,
-                                                         child.padding))
-    return model
 
 
 def _plain_step(name: str, settings: dict[str, Any], images: Tensor, labels: Tensor,

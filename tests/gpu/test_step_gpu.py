@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
     pytest.skip("torch sees no GPU", allow_module_level=True)
 
 from resnet_dist import kernels
-from resnet_dist.bench.step import plain_model
+from resnet_dist.bench.peer import plain_model
 from resnet_dist.engine.ddp import DDPEngine
 from resnet_dist.kernels import reference
 from tests.dist.runs import build, digest, global_batch, join, make_config, train

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from resnet_dist.bench.kernels import REPEATS, milliseconds
+from resnet_dist.bench.peer import plain_model
 from resnet_dist.bench.rounds import Competitor, CompetitorFailed
-from resnet_dist.bench.step import _turn, plain_model
+from resnet_dist.bench.step import _turn
 from resnet_dist.models.build import build_model
 from resnet_dist.models.norm import GhostBatchNorm2d
 
