@@ -2,14 +2,16 @@
 
 Every file is read once: its SHA-256 finds any change at all, its structure and the samples' own
 hashes say where. `deep` decodes every image as well. Problems are collected, not raised, so that
-one run names them all.
+one run names them all. Warnings are of a whole data set that teaches or measures badly: classes of
+very unequal size, classes that a split lacks, images that stand in two splits.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,9 @@ from resnet_dist.data.shards.manifest import Manifest, dump_manifest, load_manif
 from resnet_dist.run.paths import DatasetPaths
 
 BLOCK = 1 << 22
+IMBALANCE = 100  # images of the largest class for one of the smallest, from which a split is told
+NAMED = 5  # classes or images in a warning
+SAMPLE = np.dtype([("label", "<i8"), ("hash", "<u8")])
 
 
 @dataclass
@@ -35,6 +40,7 @@ class Report:
     deep: bool
     manifest: Manifest | None = None
     problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     class_counts: dict[str, list[int]] = field(default_factory=dict)  # of a split, by label
 
     @property
@@ -69,8 +75,8 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         return {"path": str(self.dst), "ok": self.ok, "deep": self.deep,
-                "problems": self.problems, "class_counts": self.class_counts,
-                "summary": dict(self.summary_rows())}
+                "problems": self.problems, "warnings": self.warnings,
+                "class_counts": self.class_counts, "summary": dict(self.summary_rows())}
 
 
 def verify(dst: Path, deep: bool = False, progress: bool = False) -> Report:
@@ -86,23 +92,71 @@ def verify(dst: Path, deep: bool = False, progress: bool = False) -> Report:
     _check_manifest(dst, manifest, report)
     _check_pixel_mean(dst, manifest, report)
     _check_strays(dst, manifest, report)
+    found: dict[str, list[np.ndarray]] = {name: [] for name in manifest.splits}
     with Ticker(f"verify {dst.name}", sum(shard.samples for _, shard in shards), "images",
                 progress) as ticker:
         for split, shard in shards:
-            problems, labels = check_shard(dst / shard.file, shard.samples, shard.bytes,
-                                           shard.sha256, manifest.num_classes, deep)
+            problems, samples = check_shard(dst / shard.file, shard.samples, shard.bytes,
+                                            shard.sha256, manifest.num_classes, deep)
             report.problems += [f"{shard.file}: {problem}" for problem in problems]
-            counts = report.class_counts.setdefault(split, [0] * manifest.num_classes)
-            for label, count in enumerate(np.bincount(labels, minlength=manifest.num_classes)):
-                counts[label] += int(count)
+            found[split].append(samples)
             ticker.add(shard.samples)
+    counts = {split: sum((np.bincount(samples["label"], minlength=manifest.num_classes)
+                          for samples in shards), np.zeros(manifest.num_classes, np.int64))
+              for split, shards in found.items()}
+    report.class_counts = {split: count.tolist() for split, count in counts.items()}
+    if report.ok:  # else what is missing may be what a warning would be about
+        report.warnings += [*_balance(manifest, counts), *_duplicates(manifest, found)]
     return report
+
+
+def _balance(manifest: Manifest, counts: dict[str, np.ndarray]) -> Iterator[str]:
+    for split, count in counts.items():
+        empty = np.flatnonzero(count == 0)
+        if len(empty):
+            names = _few([manifest.classes[label] for label in empty])
+            yield (f"split {split}: has no image of {len(empty):,} of {manifest.num_classes:,} "
+                   f"classes ({names}); " + ("they cannot be learnt" if split == "train" else
+                                             "its accuracy says nothing of them"))
+        most, least = int(np.argmax(count)), int(np.argmin(np.where(count, count, count.max() + 1)))
+        if count[most] >= IMBALANCE * count[least]:
+            yield (f"split {split}: {count[most]:,} images of {manifest.classes[most]!r} and "
+                   f"{count[least]:,} of {manifest.classes[least]!r}: more than {IMBALANCE} to 1; "
+                   "accuracy by class will tell more than the mean")
+
+
+def _duplicates(manifest: Manifest, found: dict[str, list[np.ndarray]]) -> Iterator[str]:
+    """Images with the same bytes in two splits, by their hashes."""
+    whole = {split: np.concatenate(shards) for split, shards in found.items()}
+    for one, other in combinations(whole, 2):
+        twice, here, there = np.intersect1d(whole[one]["hash"], whole[other]["hash"],
+                                            return_indices=True)
+        if not len(twice):
+            continue
+        order = np.argsort(here)[:NAMED]
+        pairs = [f"{_place(manifest, one, int(here[i]))} = {_place(manifest, other, int(there[i]))}"
+                 for i in order]
+        more = f", and {len(twice) - len(pairs):,} more" if len(twice) > len(pairs) else ""
+        unlike = np.count_nonzero(whole[one]["label"][here] != whole[other]["label"][there])
+        words = f", {unlike:,} of them with another label" if unlike else ""
+        yield (f"{len(twice):,} images are in {one} and in {other} as well{words} "
+               f"({', '.join(pairs)}{more}); what was trained on measures nothing")
+
+
+def _place(manifest: Manifest, split: str, sample: int) -> str:
+    """`val/shard-00001.beton sample 3`."""
+    for shard in manifest.splits[split].shards:
+        if sample < shard.samples:
+            return f"{shard.file} sample {sample}"
+        sample -= shard.samples
+    raise AssertionError("more samples than the manifest has")
 
 
 def check_shard(path: Path, samples: int, length: int, sha256: str, classes: int,
                 deep: bool) -> tuple[list[str], np.ndarray]:
-    """Problems of one shard, and the labels of its samples (int64 [n], empty where unreadable)."""
-    nothing = np.zeros(0, np.int64)
+    """Problems of one shard, and labels and hashes of its samples (SAMPLE [n]; empty where
+    unreadable)."""
+    nothing = np.zeros(0, SAMPLE)
     try:
         actual = path.stat().st_size
         if actual != length:
@@ -115,18 +169,19 @@ def check_shard(path: Path, samples: int, length: int, sha256: str, classes: int
         return [f"cannot be read: {error.strerror}"], nothing
     except Damaged as damage:
         return [str(damage)], nothing
-    labels = index.samples["f1"].copy()
     if len(index.samples) != samples:
-        return [f"has {len(labels)} samples, the manifest says {samples}"], nothing
-    problems = []
+        return [f"has {len(index.samples)} samples, the manifest says {samples}"], nothing
+    told = np.empty(samples, SAMPLE)
+    told["label"], told["hash"] = index.samples["f1"], index.samples["f2"]
+    labels, problems = told["label"], []
     if (labels >= classes).any():
         where = int(np.argmax(labels >= classes))
         problems.append(f"sample {where}: label {labels[where]} of {classes} classes")
-        labels = nothing
+        told = nothing
     problems += list(_check_samples(path, index, deep))
     if not intact and not problems:
         problems.append("its SHA-256 is not the manifest's (a byte outside the samples differs)")
-    return problems, labels
+    return problems, told
 
 
 def _check_samples(path: Path, index: ShardIndex, deep: bool) -> Iterator[str]:
@@ -199,8 +254,8 @@ def _sha256(path: Path) -> str:
     return sha.hexdigest()
 
 
-def _few(names: tuple[str, ...]) -> str:
-    return ", ".join(names if len(names) <= 6 else (*names[:3], "...", *names[-2:]))
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names if len(names) <= NAMED + 1 else (*names[:3], "...", *names[-2:]))
 
 
 def _bytes(count: int) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from launcher.cli import completion
 from launcher.cli.bench_verbs import bench
@@ -93,8 +94,10 @@ def verify(
     else:
         for what, value in report.summary_rows():
             console.print(f"{what:>12}  {value}", highlight=False, markup=False)
+        for warning in report.warnings:
+            errors.print(f"[yellow]warning[/]  {escape(warning)}", soft_wrap=True)
         for problem in report.problems:
-            errors.print(f"[red]problem[/]  {problem}")
+            errors.print(f"[red]problem[/]  {escape(problem)}")
     raise typer.Exit(1 if report.problems else 0)
 
 

@@ -12,7 +12,7 @@ import pytest
 from data_prep.convert import convert, parse_convert_overrides
 from data_prep.verify import verify
 from resnet_dist.data.shards.manifest import load_manifest
-from tests.unit.data_prep.material import make_tree
+from tests.unit.data_prep.material import file_bytes, make_tree, picture
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +108,62 @@ def test_an_unfinished_conversion_is_no_data_set(tmp_path):
     (tmp_path / "train").mkdir()
     (problem,) = verify(tmp_path).problems
     assert "did not finish" in problem
+
+
+# -- Warnings: whole, and yet not fit to learn from ------------------------------------------------
+
+def converted(root: Path, counts: dict[str, dict[str, list[int]]], *items: str) -> Path:
+    """A data set of 16 x 16 pictures; `counts`: by split and class, which pictures by number."""
+    for split, classes in counts.items():
+        for name, pictures in classes.items():
+            (root / "source" / split / name).mkdir(parents=True)
+            for number, seed in enumerate(pictures):
+                (root / "source" / split / name / f"{number:04d}.jpg").write_bytes(
+                    file_bytes(picture(seed, 16, 16)))
+    convert(str(root / "source"), root / "dst", parse_convert_overrides(list(items)))
+    return root / "dst"
+
+
+def test_a_balanced_data_set_without_duplicates_has_no_warning(whole):
+    assert verify(whole).warnings == []
+
+
+@pytest.mark.parametrize(("most", "warned"), [(199, False), (200, True)])
+def test_classes_of_a_hundred_to_one_are_told(tmp_path, most, warned):
+    dst = converted(tmp_path, {"train": {"ant": [*range(most)], "bee": [7000, 7001]},
+                               "val": {"ant": [8000], "bee": [8001]}})
+    report = verify(dst)
+    assert report.ok
+    assert report.warnings == (["split train: 200 images of 'ant' and 2 of 'bee': more than 100 "
+                                "to 1; accuracy by class will tell more than the mean"]
+                               if warned else [])
+
+
+def test_classes_that_a_split_lacks_are_named(tmp_path):
+    dst = converted(tmp_path, {"train": {"ant": [1, 2], "bee": [3, 4]},
+                               "val": {"bee": [5], "cat": [6]}})
+    lacks, other = verify(dst).warnings
+    assert lacks == ("split train: has no image of 1 of 3 classes (cat); they cannot be learnt")
+    assert "split val: has no image of 1 of 3 classes (ant)" in other
+
+
+def test_an_image_of_two_splits_is_named_in_both(tmp_path):
+    dst = converted(tmp_path, {"train": {"ant": [1, 2, 3], "bee": [4, 5, 6]},
+                               "val": {"ant": [7, 2], "bee": [3, 8]}}, "shard_samples=2")
+    (warning,) = verify(dst).warnings
+    assert warning == (
+        "2 images are in train and in val as well, 1 of them with another label "
+        "(train/shard-00000.beton sample 1 = val/shard-00000.beton sample 1, "
+        "train/shard-00001.beton sample 0 = val/shard-00001.beton sample 0); what was trained on "
+        "measures nothing")
+    assert json.loads(json.dumps(verify(dst).as_json()))["warnings"] == [warning]
+
+
+def test_a_damaged_data_set_has_problems_alone(tmp_path):
+    dst = converted(tmp_path, {"train": {"ant": [1], "bee": [2]}, "val": {"ant": [1], "bee": [4]}})
+    assert len(verify(dst).warnings) == 1
+    shard = next((dst / "val").glob("*.beton"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    report = verify(dst)
+    assert report.problems
+    assert report.warnings == []
