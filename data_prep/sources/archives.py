@@ -1,4 +1,4 @@
-"""Sources made of tar archives: class folders, ILSVRC2012 as it was published, WebDataset shards.
+"""Sources made of archives: class folders, ILSVRC2012 as it was published, WebDataset shards.
 
 All are walked once and then read at offsets, plain archives by any number of workers; compressed
 ones are decompressed by every worker up to where it reads, so a plain tar is the faster source.
@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources import tars
+from data_prep.sources import tars, zips
 from data_prep.sources.found import (
     LABEL_SUFFIXES,
     Found,
+    Located,
     Source,
     SourceError,
     is_image_name,
@@ -28,6 +29,7 @@ from data_prep.sources.found import (
     split_names,
     suffix_of,
 )
+from data_prep.sources.remote import located
 
 LOOK_FILES = 64  # members from which the kind of an archive is told
 MAX_LABEL_BYTES = 1 << 16
@@ -36,10 +38,10 @@ CIFAR_NAMES = frozenset({"data_batch_1", "data_batch_1.bin", "train.bin", "fine_
                          "batches.meta", "batches.meta.txt"})
 
 
-def look_into(path: Path) -> str:
+def look_into(path: Located) -> str:
     """"ilsvrc-train" (a tar of tars), "ilsvrc-val", "cifar", "webdataset", "flat" (images outside
     folders) or "folders", from the first members. Raises: SourceError."""
-    files = (member.name for _, member in tars.walk(path)
+    files = (member.name for _, member in zips.walk(path)
              if member.kind == "file" and member.name)
     names = list(islice(files, LOOK_FILES))
     leaves = [name.rpartition("/")[2] for name in names]
@@ -62,20 +64,19 @@ def _pairs(names: list[str]) -> bool:
 
 
 class TarFolders(Source):
-    """Tars of folders. The images that lie in no folder of one of several tars are in one named
+    """Archives of folders. The images that lie in no folder of one of several tars are in one named
     after it: of a class (n01440764.tar), or of a split (val_images.tar.gz)."""
 
-    kind = "tar"
-
-    def __init__(self, paths: list[Path]) -> None:
+    def __init__(self, paths: Sequence[Located]) -> None:
         super().__init__(paths, reader="spans")
+        self.kind = "zip" if zips.is_zip_name(paths[0].name) else "tar"
         self._folders: set[str] = set()
         self._seen: set[str] = set()
 
     def scan(self) -> Iterator[Found]:
         for container, path in enumerate(self.paths):
             stem = path.name.partition(".")[0] if len(self.paths) > 1 else ""
-            for _, member in tars.walk(path):
+            for _, member in zips.walk(path):
                 name = member.name
                 if stem and name and "/" not in name and member.kind == "file":
                     name = f"{stem}/{name}"
@@ -97,9 +98,11 @@ class TarFolders(Source):
         return sorted(self._folders - self._seen)
 
 
-def _text_of(path: Path, member: tars.Member, limit: int) -> bytes:
+def _text_of(path: Located, member: tars.Member, limit: int) -> bytes:
     data = tars.open_bytes(path)
     try:
+        if zips.is_zip_name(path.name):
+            return zips.read(data, member.offset, member.size, limit)
         return data.read_at(member.offset, min(member.size, limit))
     finally:
         data.close()
@@ -114,7 +117,7 @@ class Ilsvrc(Source):
 
     kind = "ilsvrc2012"
 
-    def __init__(self, paths: list[Path]) -> None:
+    def __init__(self, paths: Sequence[Located]) -> None:
         super().__init__(paths, reader="spans")
 
     def scan(self) -> Iterator[Found]:
@@ -124,8 +127,8 @@ class Ilsvrc(Source):
             else:
                 yield from self._scan_val(container, path)
 
-    def _scan_train(self, container: int, path: Path) -> Iterator[Found]:
-        for data, outer in tars.walk(path):
+    def _scan_train(self, container: int, path: Located) -> Iterator[Found]:
+        for data, outer in zips.walk(path):
             if outer.kind != "file" or not outer.name.endswith(".tar"):
                 if outer.kind != "directory":
                     self.ignored[suffix_of(outer.name)] += 1
@@ -138,9 +141,12 @@ class Ilsvrc(Source):
                 elif member.kind != "directory":
                     self.ignored[suffix_of(member.name)] += 1
 
-    def _scan_val(self, container: int, path: Path) -> Iterator[Found]:
+    def _scan_val(self, container: int, path: Located) -> Iterator[Found]:
+        if not isinstance(path, Path):
+            raise SourceError(f"{path}: its labels are in the development kit; copy both to this "
+                              "machine")
         labels = validation_labels(path.parent)
-        for _, member in tars.walk(path):
+        for _, member in zips.walk(path):
             match = VAL_NAME.fullmatch(member.name.rpartition("/")[2])
             if member.kind != "file" or not match:
                 if member.kind != "directory":
@@ -180,7 +186,7 @@ def validation_labels(folder: Path) -> list[str]:
 
 def _kit_files(archive: Path) -> tuple[bytes, bytes]:
     files: dict[str, bytes] = {}
-    for data, member in tars.walk(archive):
+    for data, member in zips.walk(archive):
         leaf = member.name.rpartition("/")[2]
         if leaf in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt") and (
                 member.kind == "file" and member.size < 1 << 26):
@@ -212,7 +218,7 @@ class WebDataset(Source):
 
     kind = "webdataset"
 
-    def __init__(self, paths: list[Path]) -> None:
+    def __init__(self, paths: Sequence[Located]) -> None:
         super().__init__(paths, reader="spans")
 
     def scan(self) -> Iterator[Found]:
@@ -228,11 +234,11 @@ class WebDataset(Source):
                 yield found
         self.classes = number_classes(seen)
 
-    def _samples(self, container: int, path: Path) -> Iterator[tuple[str | None, Found]]:
+    def _samples(self, container: int, path: Located) -> Iterator[tuple[str | None, Found]]:
         key: str | None = None
         images: list[Found] = []
         label: str | None = None
-        for data, member in tars.walk(path):
+        for data, member in zips.walk(path):
             if member.kind != "file" or not member.name:
                 if member.kind not in ("file", "directory"):
                     self.ignored[suffix_of(member.name)] += 1
@@ -254,7 +260,7 @@ class WebDataset(Source):
         yield from _one(label, images, path)
 
 
-def _one(label: str | None, images: list[Found], path: Path
+def _one(label: str | None, images: list[Found], path: Located
          ) -> Iterator[tuple[str | None, Found]]:
     """The image of a sample. Raises: SourceError where there are several."""
     if len(images) > 1:
@@ -283,7 +289,7 @@ class SpanReader:
     """Images that lie as bytes inside plain or compressed files."""
 
     def __init__(self, reader: dict[str, Any], max_bytes: int) -> None:
-        self._paths = [Path(path) for path in reader["containers"]]
+        self._paths = [located(path) for path in reader["containers"]]
         self._open: dict[int, tars.Bytes] = {}
         self._max_bytes = max_bytes
 
@@ -293,6 +299,8 @@ class SpanReader:
             while len(self._open) >= 16:
                 self._open.pop(next(iter(self._open))).close()
             self._open[container] = tars.open_bytes(self._paths[container])
+        if zips.is_zip_name(self._paths[container].name):
+            return zips.read(self._open[container], offset, size, self._max_bytes)
         data = self._open[container].read_at(offset, size)
         if len(data) < size:
             raise SourceError(f"{self._paths[container]}: is shorter than when it was scanned")

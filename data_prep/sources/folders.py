@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from data_prep.sources.arrays import Cifar, CifarReader, DigitReader, Digits
 from data_prep.sources.found import (
     LABEL_SUFFIXES,
     Found,
+    Located,
     Reader,
     Source,
     SourceError,
@@ -28,7 +29,8 @@ from data_prep.sources.found import (
     suffix_of,
 )
 from data_prep.sources.parquet import ParquetFiles, ParquetReader
-from data_prep.sources.tars import is_tar_name
+from data_prep.sources.remote import Remote, RemoteTree, UrlReader, is_url
+from data_prep.sources.zips import is_archive_name
 
 FEW_FOLDERS = 8  # of which each may hold archives or splits
 
@@ -149,36 +151,38 @@ def open_source(source: str, take: str | None = None) -> Source:
     """
     if source == "digits":
         return Digits()
+    if is_url(source):
+        return _open_remote(Remote(source))
     path = Path(source)
     if path.is_dir():
         return _open_directory(path, take)
     if path.is_file():
         if path.suffix.lower() == ".parquet":
             return ParquetFiles([path])
-        if is_tar_name(path.name):
-            return _open_tars([path])
+        if is_archive_name(path.name):
+            return _open_archives([path])
     matches = [Path(match) for match in sorted(glob.glob(source))] if "*" in source else []
     if matches and all(match.suffix.lower() == ".parquet" for match in matches):
         return ParquetFiles(matches)
-    if matches and all(is_tar_name(match.name) for match in matches):
-        return _open_tars(matches)
+    if matches and all(is_archive_name(match.name) for match in matches):
+        return _open_archives(matches)
     if not path.exists() and not matches:
         raise SourceError(f"SOURCE = {source}: no such file or directory, and not 'digits'")
     raise SourceError(f"SOURCE = {source}: is none of: a directory of class folders, of ILSVRC2012 "
-                      "tars, of Parquet or WebDataset files; a .tar (.gz, .bz2, .xz, .zst) or "
-                      ".parquet file, or a pattern with '*' for several; CIFAR's archives; "
-                      "'digits'")
+                      "tars, of Parquet or WebDataset files; a .tar (.gz, .bz2, .xz, .zst), .zip "
+                      "or .parquet file, or a pattern with '*' for several; CIFAR's archives; a "
+                      "URL of any of these; 'digits'")
 
 
 def _open_directory(path: Path, take: str | None) -> Source:
     names = sorted(entry.name for entry in os.scandir(path) if entry.is_file())
     if Cifar.members_in(names):
         return Cifar(path)
-    archives = [path / name for name in names if is_tar_name(name)]
+    archives = [path / name for name in names if is_archive_name(name)]
     if not archives:
         near = list(_files_near(path))
         archives = [file for file in near if file.suffix.lower() == ".parquet"] or [
-            file for file in near if is_tar_name(file.name)]
+            file for file in near if is_archive_name(file.name)]
     if not archives or take == "folders":
         return Tree(path)
     if take is None and (image := _image_below(path)):
@@ -187,7 +191,27 @@ def _open_directory(path: Path, take: str | None) -> Source:
                           "former, take=archives the latter")
     if archives[0].suffix.lower() == ".parquet":
         return ParquetFiles(archives)
-    return _open_tars(archives)
+    return _open_archives(archives)
+
+
+def _open_remote(place: Remote) -> Source:
+    """What lies behind a URL. Raises: SourceError."""
+    if place.suffix.lower() == ".parquet":
+        place.stat()  # says where nothing is there
+        return ParquetFiles([place])
+    if is_archive_name(place.name):
+        return _open_archives([place])
+    files = place.files()
+    if not files:
+        raise SourceError(f"SOURCE = {place}: nothing is there, or nothing can be listed")
+    tables = [Remote(f"{place}/{name}") for name, _ in files if name.endswith(".parquet")]
+    if tables:
+        return ParquetFiles(tables)
+    archives = [Remote(f"{place}/{name}") for name, _ in files if is_archive_name(name)]
+    if archives and any(is_image_name(name) for name, _ in files):
+        raise SourceError(f"SOURCE = {place}: holds images in folders and archives, e.g. "
+                          f"{archives[0]}; name the folder or the archive that is meant")
+    return _open_archives(archives) if archives else RemoteTree(place, files)
 
 
 def _files_near(path: Path, depth: int = 2) -> Iterator[Path]:
@@ -214,7 +238,7 @@ def _image_below(path: Path) -> str | None:
     return None
 
 
-def _open_tars(paths: list[Path]) -> Source:
+def _open_archives(paths: Sequence[Located]) -> Source:
     images = [path for path in paths if "devkit" not in path.name]
     if not images:
         raise SourceError(f"SOURCE = {paths[0]}: is a development kit; name the folder with the "
@@ -225,7 +249,7 @@ def _open_tars(paths: list[Path]) -> Source:
         return Ilsvrc([path for path, found in kinds.items() if found.startswith("ilsvrc")])
     if kind == "webdataset":
         return WebDataset(images)
-    if kind == "cifar" and len(images) == 1:
+    if kind == "cifar" and len(images) == 1 and isinstance(images[0], Path):
         return Cifar(images[0])
     return TarFolders(images)
 
@@ -236,6 +260,8 @@ def open_reader(reader: dict[str, Any], max_bytes: int) -> Reader:
         return FileReader(reader, max_bytes)
     if kind == "spans":
         return SpanReader(reader, max_bytes)
+    if kind == "urls":
+        return UrlReader(reader, max_bytes)
     if kind == "parquet":
         return ParquetReader(reader, max_bytes)
     if kind == "cifar":

@@ -11,7 +11,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -46,6 +45,19 @@ class Found(NamedTuple):
     size: int  # bytes; -1 where only reading tells
 
 
+class Located(Protocol):
+    """Where a file or a folder lies: a `Path`, or a `Remote` behind a URL."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def suffix(self) -> str: ...
+    @property
+    def parent(self) -> Located: ...
+    def resolve(self) -> Located: ...
+    def stat(self) -> Any: ...
+
+
 class Source:
     """Base of every kind of source; `scan` fills what stands below."""
 
@@ -54,7 +66,7 @@ class Source:
     classes: tuple[str, ...] | None = None  # fixed order of labels; None: the names, ordered
     default_val_fraction: float | None = None
 
-    def __init__(self, paths: Sequence[Path] = (), **reader: Any) -> None:
+    def __init__(self, paths: Sequence[Located] = (), **reader: Any) -> None:
         """`reader`: what `open_reader` needs, as plain data."""
         self.paths = list(paths)
         self.reader = {"containers": [str(path.resolve()) for path in paths], **reader}
@@ -134,7 +146,7 @@ def refuse_size(size: int, limit: int) -> None:
         raise Unreadable(f"has {size} bytes, more than max_image_bytes = {limit}")
 
 
-def file_fingerprint(paths: Sequence[Path]) -> dict[str, Any]:
+def file_fingerprint(paths: Sequence[Located]) -> dict[str, Any]:
     """Names, sizes and times: a source that was replaced while a conversion was interrupted is
     noticed without reading it all."""
     return {"files": [[path.name, path.stat().st_size, path.stat().st_mtime_ns]
@@ -160,7 +172,7 @@ def is_machine_folder(name: str) -> bool:
     return name.startswith(".") or name in MACHINE_FOLDERS
 
 
-def split_in_name(path: Path) -> str | None:
+def split_in_name(path: Located) -> str | None:
     """The split that a file's name or its folder's begins with, e.g. train-00001-of-00294.parquet,
     imagenet-val-000003.tar; None where neither says."""
     for part in (path.name.lower(), path.parent.name.lower()):

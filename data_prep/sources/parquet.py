@@ -7,13 +7,13 @@ whose names may stand in the metadata that Hugging Face's `datasets` writes, or 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from data_prep.sources.found import (
     Found,
     Group,
+    Located,
     Source,
     SourceError,
     Unreadable,
@@ -22,6 +22,7 @@ from data_prep.sources.found import (
     split_in_name,
 )
 from data_prep.sources.found import split_names as canonical_splits
+from data_prep.sources.remote import located, open_file
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "image_bytes", "webp", "bytes")
 LABEL_COLUMNS = ("label", "fine_label", "labels", "cls", "class", "target", "class_id", "wnid")
@@ -33,7 +34,7 @@ class ParquetFiles(Source):
 
     kind = "parquet"
 
-    def __init__(self, paths: list[Path]) -> None:
+    def __init__(self, paths: Sequence[Located]) -> None:
         super().__init__(paths, reader="parquet", column="", struct=False)
 
     def scan(self) -> Iterator[Found]:
@@ -68,18 +69,18 @@ class ParquetFiles(Source):
         self.classes = listed or number_classes(seen)
 
 
-def _open(path: Path) -> Any:
+def _open(path: Located) -> Any:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.ParquetFile(path, memory_map=False, pre_buffer=False)
+        return pyarrow.parquet.ParquetFile(open_file(path), memory_map=False, pre_buffer=False)
     except (pyarrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
         raise SourceError(f"{path}: not a Parquet file ({reason[:200]})") from None
 
 
-def _columns(file: Any, path: Path) -> tuple[str, str, bool]:
+def _columns(file: Any, path: Located) -> tuple[str, str, bool]:
     """(image column, label column, is the image a struct)."""
     import pyarrow
 
@@ -101,7 +102,7 @@ def _columns(file: Any, path: Path) -> tuple[str, str, bool]:
     return image, label, struct
 
 
-def _refuse_empty(file: Any, path: Path, image: str, struct: bool) -> None:
+def _refuse_empty(file: Any, path: Located, image: str, struct: bool) -> None:
     """Raises: SourceError where the first rows hold paths in place of images."""
     first = next(file.iter_batches(batch_size=READ_ROWS, columns=[image]), None)
     if first is None or not first.num_rows:
@@ -114,7 +115,7 @@ def _refuse_empty(file: Any, path: Path, image: str, struct: bool) -> None:
                           "labels=FILE")
 
 
-def _refuse_label(kind: Any, label: str, path: Path) -> None:
+def _refuse_label(kind: Any, label: str, path: Located) -> None:
     """Raises: SourceError where a label is not one class."""
     from pyarrow import types
 
@@ -145,7 +146,7 @@ class ParquetReader:
     """Reads rows forwards, a few at a time; going back opens the row group again."""
 
     def __init__(self, reader: dict[str, Any], max_bytes: int) -> None:
-        self._paths = [Path(path) for path in reader["containers"]]
+        self._paths = [located(path) for path in reader["containers"]]
         self._column = reader["column"]
         self._struct = reader["struct"]
         self._max_bytes = max_bytes

@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple, Protocol, cast
 
-from data_prep.sources.found import SourceError
+from data_prep.sources.found import Located, SourceError
+from data_prep.sources.remote import Remote, RemoteFile, open_file
 
 BLOCK = 512
 MAX_HEADER_BYTES = 1 << 20  # of a long name or a pax header; real ones have a few hundred
@@ -56,10 +57,11 @@ class PlainFile:
         os.close(self._handle)
 
 
-class CompressedFile:
-    """A compressed stream read forwards; going back starts it again, so callers go forwards."""
+class Stream:
+    """A file that is compressed, or of a server without ranges, read forwards; going back starts it
+    again, so callers go forwards."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Located) -> None:
         self.name = str(path)
         self.length: int | None = None
         self._path = path
@@ -90,37 +92,34 @@ class CompressedFile:
         self._stream.close()
 
 
-def _decompressor(path: Path) -> IO[bytes]:
-    kind = COMPRESSED[path.suffix.lower()]
+def _decompressor(path: Located) -> IO[bytes]:
+    file = open_file(path)
+    kind = COMPRESSED.get(path.suffix.lower())
     if kind == "gzip":
-        return cast(IO[bytes], gzip.open(path, "rb"))
+        return cast(IO[bytes], gzip.open(file))
     if kind == "bz2":
-        return bz2.open(path, "rb")
+        return bz2.open(file)
     if kind == "lzma":
-        return lzma.open(path, "rb")
+        return lzma.open(file)
+    if kind is None:
+        return file
     import pyarrow
 
-    return cast(IO[bytes], pyarrow.input_stream(str(path), compression="zstd"))
+    return cast(IO[bytes], pyarrow.input_stream(file, compression="zstd"))
 
 
-def open_bytes(path: Path) -> Bytes:
-    return CompressedFile(path) if path.suffix.lower() in COMPRESSED else PlainFile(path)
+def open_bytes(path: Located) -> Bytes:
+    if path.suffix.lower() in COMPRESSED:
+        return Stream(path)
+    if isinstance(path, Remote):
+        return RemoteFile(path) if path.gives_ranges() else Stream(path)
+    return PlainFile(Path(str(path)))
 
 
 def is_tar_name(name: str) -> bool:
     name = name.lower()
     return name.endswith((".tar", ".tgz", ".tbz2", ".txz")) or any(
         name.endswith(".tar" + ending) for ending in (".gz", ".bz2", ".xz", ".zst"))
-
-
-def walk(path: Path) -> Iterator[tuple[Bytes, Member]]:
-    """The members of an archive, with its bytes to read them from; closes it at the end."""
-    data = open_bytes(path)
-    try:
-        for member in members(data):
-            yield data, member
-    finally:
-        data.close()
 
 
 class Member(NamedTuple):
