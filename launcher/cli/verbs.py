@@ -1,4 +1,5 @@
-"""The `resnet-dist` command: verbs and their help, nothing else (`bench_verbs` has those of bench).
+"""The `resnet-dist` command: verbs and their help, nothing else; `data_verbs` and
+`bench_verbs` have those on data sets and of bench.
 
 Every verb delegates to one function, imported when the verb runs, so that `--help` stays instant.
 Exit codes: 0 done, 1 failed, 2 bad input.
@@ -10,13 +11,13 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from launcher.cli import completion
 from launcher.cli.bench_verbs import bench
+from launcher.cli.data_verbs import convert, verify
 from launcher.cli.help import Verb, Verbs
 from launcher.cli.words import Allow, Json, Overrides, Recipe, Run, Runs, console, errors
 
@@ -27,78 +28,8 @@ app = typer.Typer(
 verb = partial(app.command, cls=Verb)
 
 
-@verb()
-def convert(
-    source: Annotated[str, typer.Argument(help="class-folder tree, tar of one, or `digits`")],
-    dst: Annotated[Path, typer.Argument(help="data set directory to write")],
-    options: Overrides = None,
-    slurm: Annotated[bool, typer.Option("--slurm", help="as a job array")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="show how SOURCE is read; no more")]
-    = False,
-    as_json: Json = False,
-) -> None:
-    """Convert images to FFCV shards. The same command again finishes a killed conversion.
-
-    Example: `resnet-dist convert imagenet/ data/imagenet workers=8`
-    """
-    import logging
-
-    from data_prep.conversion.account import account
-    from data_prep.conversion.shown import lines
-    from data_prep.convert import convert, parse_convert_overrides, planned
-    from data_prep.slurm import convert_slurm
-
-    logging.basicConfig(level=logging.INFO, format="%(message)s")  # progress off a terminal
-    checked = parse_convert_overrides(options or [])
-
-    def tell(plan: dict[str, Any]) -> None:
-        if not as_json:
-            for what, value in lines(plan):
-                console.print(f"{what:>12}  {value}", highlight=False, markup=False,
-                              soft_wrap=True)
-
-    if dry_run:
-        plan = planned(source, dst, checked)
-        print(json.dumps(plan)) if as_json else tell(plan)
-        return
-    if slurm:
-        manifest = convert_slurm(source, dst, checked, progress=True, tell=tell)
-        assert manifest is not None, "it waited"
-    else:
-        manifest = convert(source, dst, checked, progress=True, tell=tell)
-    if as_json:
-        print(json.dumps({"dataset": str(dst), "classes": manifest.num_classes, "splits": {
-            name: split.samples for name, split in manifest.splits.items()}}))
-        return
-    counts = ", ".join(f"{split.samples:,} {name}" for name, split in manifest.splits.items())
-    console.print(f"[green]done[/]  {dst}: {counts} images in {manifest.num_classes} classes")
-    for line in account(manifest):
-        console.print(f"      {line}", markup=False, highlight=False, soft_wrap=True)
-
-
-@verb()
-def verify(
-    dst: Annotated[Path, typer.Argument(help="data set directory")],
-    deep: Annotated[bool, typer.Option("--deep", help="decode every image")] = False,
-    as_json: Json = False,
-) -> None:
-    """Check every shard of a data set: headers, bounds, hashes; with --deep every image.
-
-    Example: `resnet-dist verify data/imagenet --deep`
-    """
-    from data_prep.verify import verify
-
-    report = verify(dst, deep=deep)
-    if as_json:
-        print(json.dumps(report.as_json()))
-    else:
-        for what, value in report.summary_rows():
-            console.print(f"{what:>12}  {value}", highlight=False, markup=False)
-        for warning in report.warnings:
-            errors.print(f"[yellow]warning[/]  {escape(warning)}", soft_wrap=True)
-        for problem in report.problems:
-            errors.print(f"[red]problem[/]  {escape(problem)}")
-    raise typer.Exit(1 if report.problems else 0)
+verb()(convert)
+verb()(verify)
 
 
 @verb()

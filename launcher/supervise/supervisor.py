@@ -26,7 +26,6 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import IO, Any
 
 from launcher.journal.events import (
@@ -40,6 +39,7 @@ from launcher.journal.events import (
 )
 from launcher.journal.progress import checkpoint_step, checkpoint_steps, reached
 from launcher.slurm import scheduler
+from launcher.supervise.attempt import Attempt, Echo
 from launcher.supervise.channel import Hub, Message, address_of_leader, free_port
 from launcher.supervise.follower import Follower
 from launcher.supervise.incarnation import (
@@ -65,55 +65,7 @@ from resnet_dist.run.rollback import Rollback, add_rollback
 
 log = logging.getLogger(__name__)
 
-_LOST_PEER = re.compile(r"[Cc]onnection (was )?(closed|reset|refused|aborted)|Broken pipe|gloo|"
-                        r"NCCL|DistBackendError|DistNetworkError|DistStoreError|TCPStore")
-PARTING_S = 0.5  # after a failure: peers may still print why they end
-ORIGIN_S = 3.0  # after a lost peer: that peer, which knows the cause, may still be ending
-STACKS_S = 2.0  # after an abort: stacks of all threads are written
 LOOK_S = 0.5  # between two looks into the run's folder, which may be a network's
-
-
-@dataclass
-class Attempt:
-    """What is known of the attempt that runs."""
-
-    number: int
-    ranks: int
-    exits: dict[int, Exit] = field(default_factory=dict)
-    trouble: str = ""  # a lost node, a hang, a save that took too long
-    hang: bool = False
-    lost: bool = False
-    killed: bool = False
-    stop: str = ""  # why the workers were asked to save
-    failures: list[Exit] = field(default_factory=list)  # before `killed`, in the order of arrival
-
-    @property
-    def over(self) -> bool:
-        return len(self.exits) == self.ranks
-
-    @property
-    def failure(self) -> Exit | None:
-        """The worker that failed by itself: those that only lost a peer speak of it."""
-        return min(self.failures, key=lambda exit: bool(_LOST_PEER.search(exit.reason)),
-                   default=None)
-
-    @property
-    def troubled(self) -> bool:
-        return bool(self.failures or self.trouble)
-
-    @property
-    def patience_s(self) -> float:
-        """How long workers of a troubled attempt may still take to end by themselves."""
-        if self.hang:
-            return STACKS_S
-        echo = not self.trouble and self.failure and _LOST_PEER.search(self.failure.reason)
-        return ORIGIN_S if echo else PARTING_S
-
-    @property
-    def cause(self) -> str:
-        if self.trouble or not self.failure:
-            return self.trouble
-        return f"rank {self.failure.rank}: {self.failure.reason}"
 
 
 class Supervisor:
@@ -132,7 +84,7 @@ class Supervisor:
                                 ranks_per_node=config.launch.ranks_per_node,
                                 hang_s=config.launch.hang_s)
         self._hub: Hub | None = None
-        self._echo = echo
+        self._echo = Echo(run.rank_log(0), echo) if echo else None
         self._owner = ""
         self._looked_at = {"stop": 0.0, "lease": 0.0}
 
@@ -261,14 +213,16 @@ class Supervisor:
         before = reached(self._run, number - 1)
         self._tell(attempt, {"do": "start", "attempt": number, "address": address, "port": port,
                              "adaptive": adaptive})
-        echoed = self._echo_from()
+        if self._echo:
+            self._echo.begin()
         pids = self._workers.start(number, world, address, port, adaptive=adaptive)
         self._record("attempt", attempt=number, step=checkpoint_step(self._run), reached=before,
                      ranks=world, address=address, port=port, pids=list(pids.values()))
         kill_at = float("inf")
         while not attempt.over:
             self._collect(attempt)
-            echoed = self._echo_more(echoed)
+            if self._echo:
+                self._echo.more()
             now = time.monotonic()
             if self._superseded():
                 self._workers.kill()
@@ -297,14 +251,15 @@ class Supervisor:
                 attempt.lost, attempt.trouble = True, attempt.trouble or "a node does not answer"
                 break
             time.sleep(POLL_S)
-        self._echo_more(echoed)
+        if self._echo:
+            self._echo.more()
         return attempt
 
     def _collect(self, attempt: Attempt) -> None:
         """Take in what happened on all nodes since the last call."""
         self._take(attempt, self._workers.poll())
         for rank, silence_s in self._hung(attempt):
-            self._note_hang(attempt, rank, silence_s)
+            attempt.note_hang(rank, silence_s)
         if not self._hub:
             return
         messages, lost = self._hub.receive()
@@ -313,7 +268,7 @@ class Supervisor:
                 self._take(attempt, [Exit(*each) for each in body["exits"]
                                      if body["attempt"] == attempt.number])
             elif body["kind"] == "hung" and body["attempt"] == attempt.number:
-                self._note_hang(attempt, body["rank"], body["silence_s"])
+                attempt.note_hang(body["rank"], body["silence_s"])
             elif body["kind"] == "signal":
                 log.warning("node %s received %s", self._place.names[node], body["name"])
                 self._signals.received.append(signal.Signals[body["name"]])
@@ -329,11 +284,6 @@ class Supervisor:
                 attempt.failures.append(exit)
                 self._record("exit", attempt=attempt.number, rank=exit.rank, code=exit.code,
                              reason=exit.reason)
-
-    def _note_hang(self, attempt: Attempt, rank: int, silence_s: float) -> None:
-        if not attempt.trouble and not attempt.failures and not attempt.stop:
-            attempt.hang = True
-            attempt.trouble = f"rank {rank} made no step for {silence_s:.0f} s"
 
     def _note_lost(self, attempt: Attempt, lost: list[tuple[int, str]]) -> None:
         per_node = self._config.launch.ranks_per_node
@@ -412,19 +362,6 @@ class Supervisor:
         record(self._run, event, **facts)
         log.info("%s %s", event, " ".join(f"{key}={value}" for key, value in facts.items()))
 
-    def _echo_from(self) -> int:
-        log_file = self._run.rank_log(0)
-        return log_file.stat().st_size if self._echo and log_file.exists() else 0
-
-    def _echo_more(self, start: int) -> int:
-        if not self._echo or not self._run.rank_log(0).exists():
-            return start
-        with open(self._run.rank_log(0), "rb") as file:
-            file.seek(start)
-            text = file.read()
-        self._echo.write(text)
-        self._echo.flush()
-        return start + len(text)
 
 def supervise(run: RunPaths, config: Config, place: Place,
               command: Sequence[str] | None = None) -> Outcome:

@@ -26,11 +26,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from resnet_dist import kernels
 from resnet_dist.bench.peer import classes, plain_model
 from resnet_dist.config.load import config_from_dict
 from resnet_dist.engine.ddp import make_engine
 from resnet_dist.engine.precision import AUTOCAST_DTYPES
+from resnet_dist.kernels import dispatch as kernels
 from resnet_dist.models.build import build_model
 from resnet_dist.ranks.distributed import World
 

@@ -36,7 +36,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.driver import driver
 
-from resnet_dist import kernels
+from resnet_dist.kernels import dispatch as kernels
 from resnet_dist.models.build import build_model
 
 ARCHITECTURES = (80, 90, 100)  # A100; H100, H200; B200

@@ -24,11 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_dist import kernels
 from resnet_dist.bench.step import ceilings, device_name, the_device
 from resnet_dist.config.load import config_from_dict
 from resnet_dist.engine.precision import native
 from resnet_dist.kernels import batch_norm, reference
+from resnet_dist.kernels import dispatch as kernels
 from resnet_dist.ranks.distributed import init_world
 
 # Channels and side of ResNet-50's activations by stage, as its BatchNorms see them.

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resnet_dist import kernels
+from resnet_dist.kernels import dispatch as kernels
 
 Normalization = tuple[np.ndarray, np.ndarray]
 

@@ -7,7 +7,7 @@ pre-activation, and the ablations of 2016.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_dist import kernels
+from resnet_dist.kernels import dispatch as kernels
 from resnet_dist.models.catalog.options import SHORTCUT_EXPERIMENTS, ModelOptions
 from resnet_dist.models.experiments import GATE_BIAS, ActivationExperiment, ShortcutExperiment
 from resnet_dist.models.keyed import KeyedDropout

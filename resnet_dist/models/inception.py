@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_dist import kernels
+from resnet_dist.kernels import dispatch as kernels
 from resnet_dist.models.catalog.options import ModelOptions
 from resnet_dist.models.keyed import KeyedDropout
 from resnet_dist.models.layers import MaxPool2d, Norm, PixelConv2d, Stage, norm_of

@@ -8,7 +8,7 @@ authors' code.
 
 from torch import Tensor, nn
 
-from resnet_dist import kernels
+from resnet_dist.kernels import dispatch as kernels
 from resnet_dist.models.catalog.options import ModelOptions
 from resnet_dist.models.keyed import KeyedDropout, StochasticDepth
 from resnet_dist.models.layers import MaxPool2d, Norm, PadShortcut, Stage, conv, norm_of

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_dist import kernels
+from resnet_dist.kernels import dispatch as kernels
 from resnet_dist.models.catalog.options import ModelOptions
 from resnet_dist.models.keyed import KeyedDropout, StochasticDepth
 from resnet_dist.models.layers import (

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 if not torch.cuda.is_available():
     pytest.skip("torch sees no GPU", allow_module_level=True)
 
-from resnet_dist import kernels
 from resnet_dist.bench.peer import plain_model
 from resnet_dist.engine.ddp import DDPEngine
+from resnet_dist.kernels import dispatch as kernels
 from resnet_dist.kernels import reference
 from tests.dist.runs import build, digest, global_batch, join, make_config, train
 from tests.proofs import plain_resnet20

@@ -133,8 +133,7 @@ def test_no_circle_anywhere() -> None:
     TopologicalSorter(modules).prepare()
 
 
-@pytest.mark.parametrize("folder", sorted(ROOMS - {ROOT / "resnet_dist" / "kernels"}),
-                         ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", sorted(ROOMS), ids=lambda folder: folder.name)
 def test_every_room_has_a_face_and_its_face_nothing_else(folder: Path) -> None:
     face = ast.parse((folder / "__init__.py").read_text())
     name = ".".join(folder.relative_to(ROOT).parts)
@@ -146,10 +145,16 @@ def test_every_room_has_a_face_and_its_face_nothing_else(folder: Path) -> None:
     assert told == (ARROWS[name].split() or ["nothing", "of", "ours"]), f"{name}: {ARROWS[name]}"
 
 
-def test_rooms_stay_small() -> None:
+def test_rooms_and_files_stay_small() -> None:
     top = [path for package in PRODUCT for path in (ROOT / package).glob("*.py")]
     assert len(top) <= 20
     assert not [folder for folder in ROOMS if len(list(folder.glob("*.py"))) > 14]
+    sources = [path for package in PRODUCT for path in (ROOT / package).rglob("*")
+               if path.suffix in (".py", ".cpp", ".h")]
+    long = {str(path.relative_to(ROOT)): lines for path in sources
+            if (lines := path.read_text().count("\n")) > 400}
+    assert not long
+
 
 
 @pytest.mark.parametrize("package", ["launcher", "data_prep"])

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnet_dist import kernels
 from resnet_dist.build import model_of, normalization_of
 from resnet_dist.data.shards.manifest import load_manifest
 from resnet_dist.engine.ddp import make_engine
 from resnet_dist.evaluate.report import Loaded, _member
+from resnet_dist.kernels import dispatch as kernels
 from resnet_dist.kernels import reference
 from resnet_dist.ranks.distributed import World
 from resnet_dist.run.paths import RunPaths

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from resnet_dist import kernels
+from resnet_dist.kernels import dispatch as kernels
 from resnet_dist.kernels import reference
 from resnet_dist.models.build import build_model
 from resnet_dist.models.catalog.names import MODELS, input_size

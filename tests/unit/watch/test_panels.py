@@ -11,7 +11,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resnet_dist import kernels
 from resnet_dist.config.load import (
     config_from_dict,
     config_to_dict,
@@ -27,6 +26,7 @@ from resnet_dist.engine.clock import Clock
 from resnet_dist.engine.core import Engine
 from resnet_dist.engine.ddp import make_engine
 from resnet_dist.evaluate.judge import Outcomes
+from resnet_dist.kernels import dispatch as kernels
 from resnet_dist.kernels import reference
 from resnet_dist.models.build import build_model
 from resnet_dist.ranks.distributed import World
