@@ -86,6 +86,8 @@ def opened_for(source: str, dst: Path, config: ConvertConfig, make: bool = True
     except SourceError as error:
         raise ConfigError(str(error)) from None
     done = _already_there(opened, source, dst, config)
+    if done is not None:
+        _refuse_changed(opened, source, dst, config, done)
     if done is None and make:
         dst.mkdir(parents=True, exist_ok=True)
     return opened, done
@@ -264,6 +266,19 @@ def _already_there(opened: Source, source: str, dst: Path,
                 raise ConfigError(f"DST = {dst}: its shard {shard.file} is missing or cut off; "
                                   "remove the directory and convert again")
     return manifest
+
+
+def _refuse_changed(opened: Source, source: str, dst: Path, config: ConvertConfig,
+                    there: Manifest) -> None:
+    """Raises: ConfigError where the source has changed since, or is read otherwise now."""
+    sources = [there.source, *there.source.get("appended", [])]
+    with tempfile.TemporaryDirectory(prefix="resnet-dist-plan-") as folder:
+        plan = prepare(opened, source, Path(folder), replace(config, append=False))
+        same = plan.classes == there.classes or config.append
+        if not same or plan.listing not in (known.get("listing_sha256") for known in sources):
+            what = "images" if same else "classes"
+            raise ConfigError(f"DST = {dst}: holds another data set: {source} has other {what} "
+                              "now, or is read otherwise; name another directory")
 
 
 def _remove_shards(plan: Plan, keep: set[str]) -> None:

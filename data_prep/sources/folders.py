@@ -232,7 +232,7 @@ def _image_below(path: Path) -> str | None:
     for folder in folders[:FEW_FOLDERS]:
         for place, inner, files in os.walk(folder):
             inner[:] = sorted(name for name in inner if not is_machine_folder(name))[:4]
-            for name in files:
+            for name in sorted(files):
                 if is_image_name(name):
                     return str((Path(place) / name).relative_to(path))
     return None
