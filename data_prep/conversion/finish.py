@@ -23,7 +23,6 @@ from data_prep.conversion.pool import ConvertError
 from data_prep.conversion.write import Record, read_record
 from data_prep.encode import facts
 from data_prep.options import ENCODING
-from data_prep.shards.beton import write_atomically
 from resnet_dist.data.shards.manifest import (
     FORMAT_VERSION,
     Manifest,
@@ -33,6 +32,7 @@ from resnet_dist.data.shards.manifest import (
     load_manifest,
     manifest_fingerprint,
 )
+from resnet_dist.run.atomic import write_atomically
 from resnet_dist.run.paths import DatasetPaths
 
 Triple = tuple[float, float, float]
@@ -70,7 +70,7 @@ def finish(plan: Plan, name: str, max_rejected: int) -> Manifest:
     for split in plan.splits:
         for leftover in (plan.dst / split.name).glob(".*.tmp"):  # of attempts that were killed
             leftover.unlink(missing_ok=True)
-    write_atomically(paths.manifest, dump_manifest(manifest).encode())
+    write_atomically(paths.manifest, dump_manifest(manifest))
     shutil.rmtree(plan.work.root)
     return manifest
 
@@ -146,7 +146,7 @@ def _write_rejected(records: Records, paths: DatasetPaths, base: Manifest | None
         old = [line for line in paths.rejected.read_text().splitlines()
                if json.loads(line)["split"] in base.splits]
     if lines or old:
-        write_atomically(paths.rejected, ("\n".join([*old, *lines]) + "\n").encode())
+        write_atomically(paths.rejected, "\n".join([*old, *lines]) + "\n")
     else:
         paths.rejected.unlink(missing_ok=True)
     return len(lines)

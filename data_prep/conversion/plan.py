@@ -25,10 +25,10 @@ import xxhash
 from data_prep.conversion.account import by_number
 from data_prep.conversion.sense import judge
 from data_prep.encode import formats
-from data_prep.shards.beton import write_atomically
 from data_prep.sources.classes import ClassList, order_classes
 from data_prep.sources.found import HEIF_SUFFIXES, Group, Source, SourceError
 from data_prep.sources.readings import Place, Reading, Said, read_folders
+from resnet_dist.run.atomic import write_atomically
 from resnet_dist.run.paths import DatasetPaths
 
 PLAN_VERSION = 4  # also of the records
@@ -221,7 +221,7 @@ def make_plan(source: Source, dst: Path, options: dict[str, Any], identity: dict
                 classes=tuple(classes), splits=tuple(planned), told=told,
                 ignored=dict(sorted(source.ignored.items())))
     tree = asdict(plan) | {"dst": None, "version": PLAN_VERSION}
-    write_atomically(work.plan, (json.dumps(tree, indent=1, sort_keys=True) + "\n").encode())
+    write_atomically(work.plan, json.dumps(tree, indent=1, sort_keys=True) + "\n")
     return plan
 
 

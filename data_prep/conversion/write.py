@@ -28,9 +28,10 @@ from data_prep.encode.facts import PLAIN
 from data_prep.encode.facts import count as count_facts
 from data_prep.encode.images import Encoding, encode
 from data_prep.encode.jpeg import JpegError
-from data_prep.shards.beton import Stored, write_atomically
+from data_prep.shards.beton import Stored
 from data_prep.shards.draft import Draft
 from data_prep.sources.found import Reader, ReadsAhead, Unreadable
+from resnet_dist.run.atomic import write_atomically
 
 AHEAD = 8  # images that the disk is asked for before they are needed
 SMALL_IMAGE_PIXELS = 128 * 128  # up to here a per-pixel mean is kept
@@ -169,8 +170,7 @@ def save_shard(plan: Plan, made: Encoded) -> Record:
                     sums=_triple(made.totals[:3]), squares=_triple(made.totals[3:]),
                     image_size=made.image_size, rejected=made.rejected,
                     facts=dict(made.facts))
-    text = json.dumps(asdict(record), sort_keys=True)
-    write_atomically(plan.work.record(shard), text.encode())
+    write_atomically(plan.work.record(shard), json.dumps(asdict(record), sort_keys=True))
     return record
 
 

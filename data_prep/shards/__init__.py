@@ -2,5 +2,5 @@
 
 In: stored samples.
 Out: `.beton` files, the same bytes whatever wrote them.
-May import: resnet_dist.data.shards.
+May import: resnet_dist.data.shards, resnet_dist.run.
 """

@@ -9,10 +9,7 @@ takes seconds and hundreds of megabytes in every worker; a test holds them equal
 
 from __future__ import annotations
 
-import os
-import secrets
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,38 +96,6 @@ def head(samples: Sequence[Stored], page: int, pointers: Sequence[int], table: i
     rows["f1"] = [sample.label for sample in samples]
     rows["f2"] = [digest(sample.data) for sample in samples]
     return header.tobytes() + fields.tobytes() + rows.tobytes()
-
-
-def write_atomically(path: Path, write: Callable[[object], None] | bytes) -> None:
-    """Temporary name, fsync, rename, fsync of the directory. Removes the temporary on failure."""
-    temporary = temporary_name(path)
-    try:
-        with open(temporary, "xb", buffering=1 << 20) as file:
-            if isinstance(write, bytes):
-                file.write(write)
-            else:
-                write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-    sync_directory(path.parent)
-
-
-def temporary_name(path: Path) -> Path:
-    """Beside `path`, of no other process or attempt."""
-    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-
-
-def sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class Damaged(ValueError):

@@ -27,11 +27,10 @@ from data_prep.shards.beton import (
     head,
     layout,
     page_size,
-    sync_directory,
-    temporary_name,
 )
 from data_prep.shards.direct import DirectFile
 from resnet_dist.data.shards.digest import index_digest
+from resnet_dist.run.atomic import sync_directory, temporary_name
 
 _MOST_BUFFERS = 1024  # of one writev: IOV_MAX
 

@@ -26,6 +26,7 @@ from resnet_dist.config.load import config_to_dict, dump_config, flat
 from resnet_dist.config.rules import NAME_PATTERN
 from resnet_dist.config.schema import Config, ConfigError
 from resnet_dist.data.shards.manifest import Manifest, check_dataset, manifest_fingerprint
+from resnet_dist.run.atomic import write_atomically
 from resnet_dist.run.paths import RunPaths
 
 PACKAGES = ("resnet-dist", "torch", "deepspeed", "ffcv", "submitit", "numpy", "numba")
@@ -52,7 +53,7 @@ def create_run(config: Config, *, origin: dict[str, Any] | None = None,
     try:
         for folder in (run.checkpoints, run.logs, run.heartbeats, run.tensorboard):
             folder.mkdir()
-        _write(run.config, dump_config(config))
+        write_atomically(run.config, dump_config(config))
         told = provenance(manifest) | {"code": {"sha256": freeze_code(run)},
                                        "config": config_to_dict(config), **(origin or {})}
         write_provenance(run, told)
@@ -108,7 +109,7 @@ def rewrite_config(run: RunPaths, config: Config) -> None:
     """
     before = yaml.safe_load(run.config.read_text(encoding="utf-8"))
     kept = _known_or_set(config_to_dict(config), before, config_to_dict(Config()))
-    _write(run.config, yaml.safe_dump(kept, sort_keys=False, width=100))
+    write_atomically(run.config, yaml.safe_dump(kept, sort_keys=False, width=100))
     if run.provenance.exists():  # the change is the command's, so the run is what it was
         write_provenance(run, read_provenance(run) | {"config": config_to_dict(config)})
 
@@ -139,7 +140,7 @@ def read_provenance(run: RunPaths) -> dict[str, Any]:
 
 
 def write_provenance(run: RunPaths, told: dict[str, Any]) -> None:
-    _write(run.provenance, json.dumps(told, indent=1) + "\n")
+    write_atomically(run.provenance, json.dumps(told, indent=1) + "\n")
 
 
 def find_run(name: str, runs: str = "runs") -> RunPaths:
@@ -184,12 +185,3 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return commit + ("+" if dirty.strip() else "")
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

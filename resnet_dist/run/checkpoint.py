@@ -30,6 +30,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
+from resnet_dist.run.atomic import sync_directory, write_durably
 from resnet_dist.run.paths import CheckpointPaths, RunPaths
 from resnet_dist.run.rollback import Rollback, given_up
 
@@ -150,22 +151,22 @@ def write(run: RunPaths, step: int, state: EngineState, meta: dict[str, Any],
         for part in _PARTS:
             content = safetensors.torch.save(getattr(state, part))
             path: Path = getattr(aside, part)
-            _write_durably(path, content)
+            write_durably(path, content)
             digest = hashlib.sha256(content).hexdigest()
             files[path.name] = {"bytes": len(content), "sha256": digest}
             size += len(content)
             del content
         record: dict[str, Any] = {"format": FORMAT, "step": step, "files": files, "meta": meta}
         record["sha256"] = _record_hash(record)
-        _write_durably(aside.state, json.dumps(record, indent=1).encode())
-        _sync_directory(aside.root)
+        write_durably(aside.state, json.dumps(record, indent=1).encode())
+        sync_directory(aside.root)
         with fence():
             if final.root.exists():
                 # Same step again, e.g. after rolling back past it. Two renames; `clean` puts the
                 # old one back if a kill falls between them.
                 os.rename(final.root, run.checkpoints / f".old-{final.root.name}")
             os.rename(aside.root, final.root)
-            _sync_directory(run.checkpoints)
+            sync_directory(run.checkpoints)
     except BaseException:
         shutil.rmtree(aside.root, ignore_errors=True)
         raise
@@ -218,21 +219,6 @@ def _discard(run: RunPaths, paths: CheckpointPaths) -> None:
     trash = run.checkpoints / f".trash-{paths.root.name}-{os.getpid()}"
     os.rename(paths.root, trash)
     shutil.rmtree(trash)
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    with open(path, "xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _record_hash(record: dict[str, Any]) -> str:

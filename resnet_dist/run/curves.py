@@ -7,9 +7,10 @@ or val line has the figures of that step, an event line `what`, `text` and `valu
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from resnet_dist.run.atomic import write_atomically
 
 
 def read_lines(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
@@ -29,9 +30,4 @@ def drop_lines_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= step]
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_atomically(path, "".join(kept))

@@ -7,11 +7,12 @@ files, as it cuts metrics.jsonl.
 
 from __future__ import annotations
 
-import os
 import re
 import struct
 import time
 from pathlib import Path
+
+from resnet_dist.run.atomic import write_atomically
 
 # A record: length uint64, its checksum uint32, the event, its checksum uint32; little endian.
 # Source: TensorFlow's record_writer.h. The event's first fields are wall_time (1, fixed64) and
@@ -30,14 +31,8 @@ def drop_after(folder: Path, step: int) -> None:
     for path in sorted(folder.glob("events.*")):
         data = path.read_bytes()
         kept = bytes(_kept(data, step))
-        if len(kept) == len(data):
-            continue
-        temporary = folder / ".cut.tmp"  # no name that TensorBoard would read
-        with open(temporary, "wb") as file:
-            file.write(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        if len(kept) < len(data):
+            write_atomically(path, kept)
 
 
 def put_before_now(folder: Path) -> None:

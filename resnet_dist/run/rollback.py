@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from resnet_dist.run.atomic import write_atomically
 from resnet_dist.run.paths import RunPaths
 
 
@@ -40,12 +40,7 @@ def read_rollbacks(run: RunPaths) -> tuple[Rollback, ...]:
 def add_rollback(run: RunPaths, rollback: Rollback) -> None:
     """Append, atomically and durably: the next attempt must not miss it."""
     known = [dataclasses.asdict(each) for each in (*read_rollbacks(run), rollback)]
-    temporary = run.rollbacks.with_name(f".{run.rollbacks.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(known, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, run.rollbacks)
+    write_atomically(run.rollbacks, json.dumps(known, indent=1))
 
 
 def given_up(rollbacks: Sequence[Rollback], step: int, known: int) -> bool:

@@ -38,7 +38,7 @@ ARROWS = {
     "resnet_dist.bench": "config data data.augmentation data.decode data.shards engine kernels "
                          "models ranks run",
     "data_prep.sources": "",
-    "data_prep.shards": "resnet_dist.data.shards",
+    "data_prep.shards": "resnet_dist.data.shards resnet_dist.run",
     "data_prep.encode": "shards sources",
     "data_prep.options": "resnet_dist.config",
     "data_prep.conversion": "encode options shards sources resnet_dist.data.shards "
@@ -69,9 +69,10 @@ ARROWS = {
                     "data_prep.convert data_prep.slurm data_prep.verify resnet_dist.config",
 }
 # Of these rooms the launcher and the preparation of data see only what needs no torch.
-TORCH_FREE = ("resnet_dist.run.paths", "resnet_dist.run.curves", "resnet_dist.run.lease",
-              "resnet_dist.run.rollback", "resnet_dist.data.shards.manifest",
-              "resnet_dist.data.shards.digest", "resnet_dist.config", "resnet_dist.models.catalog")
+TORCH_FREE = ("resnet_dist.run.atomic", "resnet_dist.run.paths", "resnet_dist.run.curves",
+              "resnet_dist.run.lease", "resnet_dist.run.rollback",
+              "resnet_dist.data.shards.manifest", "resnet_dist.data.shards.digest",
+              "resnet_dist.config", "resnet_dist.models.catalog")
 
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
          for package in PRODUCT for path in sorted((ROOT / package).rglob("*.py"))}
