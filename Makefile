@@ -19,7 +19,7 @@ quickstart: $(VENV)/.ready
 	$(VENV)/bin/python -m launcher.quickstart
 
 test: $(VENV)/.ready-test lint
-	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup
+	$(VENV)/bin/python -m pytest -n 2
 
 faults: $(VENV)/.ready-test
 	$(VENV)/bin/python -m tests.faults $(FAULTS)

@@ -9,9 +9,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
+from xdist.scheduler.loadscope import LoadScopeScheduling
 
 from tests.slurm.cluster import Cluster, why_not
 
@@ -43,17 +45,26 @@ SAMPLES = ROOT.parent / "shared" / "data"
 CLUSTER = {"slurm", "faults"}  # folders whose tests share one cluster
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+class ByFile(LoadScopeScheduling):
     """With several workers a file stays on one; all that needs SLURM is on one, and starts first.
 
-    Those tests mostly wait, so that the other worker has the machine.
+    Those tests mostly wait, so that the other worker has the machine. (xdist's own groups are lost
+    with pytest 9.2, which no longer lets a plugin rename a test: each file's fixtures, and the
+    cluster, were made on every worker.)
     """
-    def group(item: pytest.Item) -> str:
-        return "cluster" if CLUSTER & set(item.path.parts) else str(item.path)
 
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
-    items.sort(key=lambda item: group(item) != "cluster")
+    def _split_scope(self, nodeid: str) -> str:
+        path = nodeid.partition("::")[0]
+        return "cluster" if CLUSTER & set(path.split("/")) else path
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not CLUSTER & set(item.path.parts))
 
 
 @pytest.fixture(scope="session")
