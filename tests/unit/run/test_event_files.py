@@ -52,6 +52,20 @@ def test_a_torn_end_is_cut_off_and_the_rest_is_kept_to_the_byte(tmp_path: Path) 
     assert file.read_bytes() == whole
 
 
+def test_a_damaged_event_neither_ends_the_run_nor_takes_others_with_it(tmp_path: Path) -> None:
+    run = RunPaths(tmp_path)
+    attempt(run, 0, 5)
+    (file,) = run.tensorboard.glob("events.*")
+    whole = file.read_bytes()
+    damaged = b"\x08" + bytes(7 + 4) + b"\xff" * 8 + bytes(4)
+    file.write_bytes(damaged + whole)
+    drop_after(run.tensorboard, 5)
+    assert file.read_bytes() == damaged + whole
+    drop_after(run.tensorboard, 0)
+    assert file.read_bytes().startswith(damaged)
+    assert len(file.read_bytes()) < len(damaged + whole)
+
+
 def test_twelve_attempts_in_one_second_and_one_of_a_fast_clock_stay_in_order(
         tmp_path: Path) -> None:
     run = RunPaths(tmp_path)
