@@ -23,6 +23,7 @@ from data_prep.conversion.pool import ConvertError
 from data_prep.conversion.write import Record, read_record
 from data_prep.encode import facts
 from data_prep.options import ENCODING
+from data_prep.sources.found import printable
 from resnet_dist.data.shards.manifest import (
     FORMAT_VERSION,
     Manifest,
@@ -139,7 +140,7 @@ def _image_size(records: Records) -> tuple[int, int] | None:
 
 def _write_rejected(records: Records, paths: DatasetPaths, base: Manifest | None) -> int:
     """Number of newly rejected images. The lines of splits that were there before stay."""
-    lines = [json.dumps({"split": shard.split, "image": name, "reason": reason})
+    lines = [json.dumps({"split": shard.split, "image": printable(name), "reason": reason})
              for shard, record in records.items() for name, reason in record.rejected]
     old = []
     if base is not None and paths.rejected.exists():

@@ -26,7 +26,7 @@ from data_prep.conversion.account import by_number
 from data_prep.conversion.sense import judge
 from data_prep.encode import formats
 from data_prep.sources.classes import ClassList, order_classes
-from data_prep.sources.found import HEIF_SUFFIXES, Group, Source, SourceError
+from data_prep.sources.found import HEIF_SUFFIXES, Group, Source, SourceError, printable
 from data_prep.sources.readings import Place, Reading, Said, read_folders
 from resnet_dist.run.atomic import write_atomically
 from resnet_dist.run.paths import DatasetPaths
@@ -217,7 +217,7 @@ def make_plan(source: Source, dst: Path, options: dict[str, Any], identity: dict
                                "splits": [asdict(split) for split in planned]})
     plan = Plan(key=key, dst=dst, kind=source.kind, reader=source.reader, pixels=source.pixels,
                 options=options, identity=identity, listing=listing,
-                source_name=Path(name).resolve().name, append=bool(taken_splits),
+                source_name=printable(Path(name).resolve().name), append=bool(taken_splits),
                 classes=tuple(classes), splits=tuple(planned), told=told,
                 ignored=dict(sorted(source.ignored.items())))
     tree = asdict(plan) | {"dst": None, "version": PLAN_VERSION}

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from data_prep.sources.found import SourceError, is_machine_folder, split_words
+from data_prep.sources.found import SourceError, is_machine_folder, printable, split_words
 from data_prep.sources.readings import IMAGE_FOLDERS, Place
 
 ACCEPT = ("one_class", "few_images", "odd_names", "unequal_classes", "empty_classes")
@@ -31,7 +31,7 @@ def judge(counts: Mapping[str, np.ndarray], classes: Sequence[str], empty: Seque
             problems.append(f"SOURCE = {name}: {what}; accept=[{word}] takes it as it is")
 
     # A class that only an empty folder names has no label; with images elsewhere it is told below.
-    without = sorted({place.class_name for place in empty} - {
+    without = sorted({printable(place.class_name) for place in empty} - {
         each for label, each in enumerate(classes) if any(of[label] for of in counts.values())})
     if without:
         refuse("empty_classes", f"the folders of {_some(without)} hold no images, and nothing can "

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_prep.sources.found import SourceError
+from data_prep.sources.found import SourceError, printable
 from data_prep.sources.readings import Place
 
 
@@ -45,7 +45,11 @@ def read_classes(path: Path) -> ClassList:
 def order_classes(own: Sequence[str] | None, known: ClassList | None, places: Sequence[Place],
                   order: str | None, name: str) -> tuple[tuple[str, ...], list[int]]:
     """The classes, and the label of each place. Raises: SourceError where a name is unknown."""
-    found = list(dict.fromkeys(place.class_name for place in places))
+    raw = list(dict.fromkeys(place.class_name for place in places))
+    found = list(dict.fromkeys(map(printable, raw)))
+    if len(found) < len(raw):
+        raise SourceError(f"SOURCE = {name}: two of its class folders, one with bytes that are no "
+                          "UTF-8, read the same; rename one")
     if known is None:
         classes = tuple(own) if own and order is None else ordered(found, order)
         also: dict[str, str] = {}
@@ -65,7 +69,8 @@ def order_classes(own: Sequence[str] | None, known: ClassList | None, places: Se
         raise SourceError(f"SOURCE = {name}: class {unknown[0]!r} is not among the "
                           f"{len(classes)} known ones ({len(unknown)} such); a file "
                           "classes=FILE with lines FOLDER<TAB>CLASS says which are which")
-    return classes, [labels[also.get(place.class_name, place.class_name)] for place in places]
+    names = [printable(place.class_name) for place in places]
+    return classes, [labels[also.get(each, each)] for each in names]
 
 
 def ordered(names: Sequence[str], order: str | None) -> tuple[str, ...]:

@@ -115,6 +115,11 @@ def is_image_name(name: str) -> bool:
             and os.path.splitext(leaf)[1].lower() in IMAGE_SUFFIXES)
 
 
+def printable(name: str) -> str:
+    """A file's name as text that any program reads: bytes that are no UTF-8 as `\\xe9`."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def machine_made(path: str) -> bool:
     """Whether a file lies in a folder that no person made."""
     return any(map(is_machine_folder, path.split("/")[:-1]))

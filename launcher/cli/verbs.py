@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 failed, 2 bad input.
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from functools import partial
@@ -337,6 +338,9 @@ app.add_typer(bench, name="bench")
 
 def main() -> None:
     """Entry point: a user's mistake is one clear message and exit code 2, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # LC_ALL=C: a class may be called 猫
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(standalone_mode=True)
     except (ValueError, RuntimeError) as error:

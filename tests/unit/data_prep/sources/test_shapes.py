@@ -28,7 +28,7 @@ from PIL import Image
 from data_prep.convert import convert, planned
 from resnet_dist.config.schema import ConfigError
 from resnet_dist.data.shards.manifest import load_manifest
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Cli
 from tests.unit.data_prep.material import options, read_back
 
 # The width of an image tells what it shows, so that a wrong label shows.
@@ -369,6 +369,32 @@ def test_a_second_conversion_of_something_else_is_not_complete_already(tmp_path:
     text(tmp_path / "names", "dog\ncat\n")
     with pytest.raises(ConfigError, match="holds another data set"):
         convert(str(tmp_path / "a"), tmp_path / "dst", options(f"classes={tmp_path / 'names'}"))
+
+
+ODD_NAMES = ("猫", "a b & c", "d'e\"f", "=SUM(A1)", "x,y:z", "-rf", "é́", "😀")
+
+
+def test_names_of_any_bytes_give_a_data_set_that_reads_back(tmp_path: Path, cli: Cli) -> None:
+    for name in ODD_NAMES:
+        for number in range(2):
+            (tmp_path / "a" / name).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "a" / name / f"{name}{number}.jpg").write_bytes(image("cat"))
+    raw = os.fsencode(tmp_path / "a") + b"/caf\xe9"
+    os.mkdir(raw)
+    for leaf in (b"/\xf1.jpg", b"/x.jpg", b"/\xff.jpg"):
+        Path(os.fsdecode(raw + leaf)).write_bytes(image("dog") if leaf != b"/\xff.jpg" else b"")
+    done = cli("convert", tmp_path / "a", tmp_path / "dst", "max_rejected=1",
+               env={"LC_ALL": "C", "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert set(load_manifest(tmp_path / "dst").classes) == {*ODD_NAMES, "caf\\xe9"}
+    assert cli("verify", tmp_path / "dst", "--deep").returncode == 0
+    json.loads((tmp_path / "dst" / "dataset.json").read_text(encoding="utf-8"))
+    (line,) = (tmp_path / "dst" / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["image"] == "caf\\xe9/\\xff.jpg"
+    (tmp_path / "a" / "caf\\xe9").mkdir()
+    put(tmp_path / "a" / "caf\\xe9" / "0.jpg", "cat")
+    with pytest.raises(ConfigError, match="read the same"):
+        convert(str(tmp_path / "a"), tmp_path / "other", options("max_rejected=1"))
 
 
 def test_a_destination_inside_the_source_is_refused(tmp_path: Path) -> None:
