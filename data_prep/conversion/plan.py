@@ -192,11 +192,13 @@ def make_plan(source: Source, dst: Path, options: dict[str, Any], identity: dict
                           "name the new one with split=NAME")
     counts = {split: np.bincount(row_labels[row_splits == index], minlength=len(classes))
               for index, split in enumerate(splits)}
-    told = {"shape": reading.shape, "why": reading.why, "left_out": _left_out(reading, rows, groups,
-                                                                             row_places),
-            "warnings": judge(counts, classes, empty, options["accept"], name, bool(taken_splits))
-            + reading.notes[:NOTES] + ([f"... and {len(reading.notes) - NOTES} more such folders"]
-                                       if len(reading.notes) > NOTES else [])}
+    warnings = judge(counts, classes, empty, options["accept"], name, appended=bool(taken_splits),
+                     named=bool(source.classes or known_classes or said.splits))
+    warnings += reading.notes[:NOTES]
+    if len(reading.notes) > NOTES:
+        warnings.append(f"... and {len(reading.notes) - NOTES} more such folders")
+    told = {"shape": reading.shape, "why": reading.why, "warnings": warnings,
+            "left_out": _left_out(reading, rows, groups, row_places)}
     rows["label"] = row_labels
     order = np.argsort(row_splits, kind="stable")
     order = order[np.count_nonzero(row_splits < 0):]

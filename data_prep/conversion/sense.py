@@ -19,8 +19,12 @@ SHOWN = 5  # names in a message
 
 
 def judge(counts: Mapping[str, np.ndarray], classes: Sequence[str], empty: Sequence[Place],
-          accept: Sequence[str], name: str, appended: bool) -> list[str]:
-    """Warnings. counts: int64 [classes] of every split. `appended`: other splits are there already.
+          accept: Sequence[str], name: str, *, appended: bool, named: bool) -> list[str]:
+    """Warnings. counts: int64 [classes] of every split.
+
+    Args:
+        appended: other splits are there already.
+        named: somebody has said that these are the classes; folders alone have not.
 
     Raises: SourceError with one line a thing that makes no sense.
     """
@@ -49,7 +53,7 @@ def judge(counts: Mapping[str, np.ndarray], classes: Sequence[str], empty: Seque
                              "the folders classes?")
     odd = [each for each in classes if is_machine_folder(each) or each.lower() in ODD_NAMES
            or split_words(each, exact=True)]
-    if odd and len(odd) * 2 >= len(classes):
+    if odd and not named:
         refuse("odd_names", f"{_some(odd)} look like splits or parts of a data set, not like "
                             "classes; splits={train: DIR, val: DIR} says what is what")
     for split, of in counts.items():

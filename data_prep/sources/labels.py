@@ -193,7 +193,10 @@ def _mat(path: Path) -> list[Row]:
         from scipy.io import loadmat
     except ImportError:
         raise SourceError(f"labels = {path}: MATLAB files need scipy; pip install scipy") from None
-    tree: dict[str, Any] = loadmat(str(path), squeeze_me=True)
+    try:
+        tree: dict[str, Any] = loadmat(str(path), squeeze_me=True)
+    except Exception as error:  # loadmat raises anything on a damaged file
+        raise SourceError(f"labels = {path}: cannot be read ({error})") from None
     if "annotations" in tree:
         fields = tree["annotations"].dtype.names
         name = next(each for each in ("relative_im_path", "fname") if each in fields)
