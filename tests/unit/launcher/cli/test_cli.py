@@ -5,6 +5,8 @@ import re
 import resource
 import socket
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +24,27 @@ RECIPE = ROOT / "configs" / "digits" / "quickstart.yaml"
 QUICK = ROOT / "configs" / "cifar10" / "resnet20_quick.yaml"
 
 
+def cpu_s(call: Callable[[], Any]) -> tuple[float, Any]:
+    """Processor time of the processes that `call` waits for: other programs' does not count."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = call()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, result
+
+
 def test_help_lists_every_verb_and_is_quick(cli: Cli) -> None:
-    spent = []
+    bare = [sys.executable, "-c", "import typer, rich.console, rich.panel, rich.table"]
+    spent, least = [], []
     for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        shown = cli("--help")
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        seconds, shown = cpu_s(lambda: cli("--help"))
+        spent.append(seconds)
+        least.append(cpu_s(lambda: subprocess.run(bare, check=True))[0])
     for verb in ("convert", "verify", "submit", "train", "status", "logs", "stop", "resume", "eval",
                  "tensorboard", "export", "doctor"):
         assert f" {verb} " in shown.stdout
-    # Processor time, because other programs of this machine do not count.
-    assert min(spent) < 0.3, "the help must not import what it does not need"
+    # 0.3 s on a machine with nothing else to do; on a busy one the same share of what it cannot do
+    # without, as a core that is shared takes longer for the same instructions.
+    assert min(spent) < max(0.3, 1.6 * min(least)), "the help must not import what it does not need"
 
 
 def verbs() -> dict[str, Any]:
