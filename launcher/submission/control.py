@@ -13,7 +13,13 @@ from launcher.journal.events import Process, record
 from launcher.slurm import scheduler
 from launcher.submission.submit import submit
 from launcher.watch.status import RunStatus, statuses
-from resnet_dist.config.load import config_from_dict, load_frozen, parse_overrides, with_overrides
+from resnet_dist.config.load import (
+    config_from_dict,
+    flat,
+    load_frozen,
+    parse_overrides,
+    with_overrides,
+)
 from resnet_dist.config.schema import Config, ConfigError
 from resnet_dist.data.shards.manifest import check_dataset
 from resnet_dist.run.paths import RunPaths
@@ -107,7 +113,8 @@ def _changed(frozen: Config, overrides: list[str]) -> Config:
     tree = parse_overrides(overrides)
     for key in tree:
         if key not in ("steps", "profile") and key not in _MAY_CHANGE:
-            raise ConfigError(f"{key} = {tree[key]}: defines the training and cannot change when "
+            said, value = next(iter(flat({key: tree[key]}).items()), (key, tree[key]))
+            raise ConfigError(f"{said} = {value}: defines the training and cannot change when "
                               "it resumes; only steps, profile, "
                               + ", ".join(f"{section}.*" for section in _MAY_CHANGE[1:])
                               + " can. Start another run with name=OTHER")

@@ -390,7 +390,7 @@ def test_stop_now_never_signals_a_recycled_pid(tmp_path):
 
 @pytest.mark.parametrize(("overrides", "message"), [
     (["seed=3"], "seed = 3: defines the training"),
-    (["model=resnet18"], "model = resnet18: defines the training"),
+    (["model=resnet18"], "model.name = resnet18: defines the training"),
     (["stepz=3"], "stepz = 3: defines the training"),
     (["launch.nodez=3"], "launch.nodez = 3: unknown key; did you mean 'nodes'"),
     (["launch.ranks_per_node=7"], "= 7: must divide batch_size"),
