@@ -372,13 +372,14 @@ def _held_out(rows: np.ndarray, labels: np.ndarray, work: WorkPaths,
     hashes = np.array([xxhash.xxh3_64_intdigest(blob[at:at + length]) for at, length
                        in zip(rows["name_at"].tolist(), rows["name_len"].tolist(), strict=True)],
                       np.uint64)
-    chosen, owed = [], 0.0
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        owed += fraction * len(members)
-        count = min(round(owed), max(len(members) - 1, 1))
+    order = np.lexsort((hashes, labels))
+    chosen, owed, start = [], 0.0, 0
+    for members in np.unique(labels, return_counts=True)[1].tolist():
+        owed += fraction * members
+        count = min(round(owed), max(members - 1, 1))
         owed -= count
-        chosen.append(members[np.argsort(hashes[members], kind="stable")[:count]])
+        chosen.append(order[start:start + count])
+        start += members
     held_out = np.concatenate(chosen)
     if not 0 < len(held_out) < len(labels):
         raise SourceError(f"val_fraction = {fraction}: would hold out {len(held_out)} of "
