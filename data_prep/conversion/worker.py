@@ -56,8 +56,7 @@ def main(dst: str) -> int:
                 made = None
                 if line:
                     split, index = line.split()
-                    made = encode_shard(plan, ShardId(split, int(index)), reader, encoding, tick,
-                                        disk)
+                    made = encode_shard(plan, ShardId(split, int(index)), reader, encoding, tick)
                     tell(images=images, ready=True)
                     images = 0
                 if saving is not None:

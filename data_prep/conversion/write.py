@@ -13,7 +13,6 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from data_prep.encode.facts import count as count_facts
 from data_prep.encode.images import Encoding, encode
 from data_prep.encode.jpeg import JpegError
 from data_prep.shards.beton import Stored
-from data_prep.shards.draft import Draft
+from data_prep.shards.write import write_shard
 from data_prep.sources.found import Reader, ReadsAhead, Unreadable
 from resnet_dist.run.atomic import write_atomically
 
@@ -69,7 +68,7 @@ class Encoded:
     """A shard in memory: what its file and its record will hold."""
 
     shard: ShardId
-    draft: Draft
+    samples: list[Stored]
     rejected: tuple[tuple[str, str], ...]
     facts: Counter[str]
     totals: np.ndarray  # int64 [6]: sums and squares
@@ -88,21 +87,26 @@ def convert_shard(plan: Plan, shard: ShardId, reader: Reader, encoding: Encoding
     return save_shard(plan, encode_shard(plan, shard, reader, encoding, tick))
 
 
-def encode_shard(plan: Plan, shard: ShardId, reader: Reader, encoding: Encoding,
-                 tick: Callable[[str], None], disk: Executor | None = None) -> Encoded:
-    """The work of a processor: read and encode every image of a shard. `disk` writes meanwhile."""
-    rows, names = plan.shard_rows(shard)
-    draft = Draft(plan.shard_path(shard), len(names), disk)
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Pillow warns of every odd tag in millions of files; what matters is counted or refused."""
+    pillow = logging.getLogger("PIL")
+    level = pillow.level
+    pillow.setLevel(logging.CRITICAL)
     try:
-        with _quiet_libraries():
-            return _encode_into(draft, plan, shard, rows, names, reader, encoding, tick)
-    except BaseException:
-        draft.discard()
-        raise
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        pillow.setLevel(level)
 
 
-def _encode_into(draft: Draft, plan: Plan, shard: ShardId, rows: np.ndarray, names: list[str],
-                 reader: Reader, encoding: Encoding, tick: Callable[[str], None]) -> Encoded:
+@_quiet_libraries()
+def encode_shard(plan: Plan, shard: ShardId, reader: Reader, encoding: Encoding,
+                 tick: Callable[[str], None]) -> Encoded:
+    """The work of a processor: read and encode every image of a shard."""
+    rows, names = plan.shard_rows(shard)
+    stored: list[Stored] = []
     rejected: list[tuple[str, str]] = []
     seen: Counter[str] = Counter()
     totals, measured, measured_pixels = np.zeros(6, np.int64), 0, 0
@@ -128,7 +132,7 @@ def _encode_into(draft: Draft, plan: Plan, shard: ShardId, rows: np.ndarray, nam
         except (Unreadable, JpegError) as reason:
             rejected.append((name, str(reason)))
             continue
-        draft.add(Stored(image.mode, image.width, image.height, image.data, label))
+        stored.append(Stored(image.mode, image.width, image.height, image.data, label))
         if image.facts is not PLAIN:
             count_facts(image.facts, seen)
         sizes.add((image.height, image.width))
@@ -139,33 +143,20 @@ def _encode_into(draft: Draft, plan: Plan, shard: ShardId, rows: np.ndarray, nam
                 per_pixel = np.zeros(pixels.shape, np.int64)
             per_pixel += pixels
     one_size = len(sizes) == 1
-    return Encoded(shard, draft, tuple(rejected), seen, totals, measured, measured_pixels,
+    return Encoded(shard, stored, tuple(rejected), seen, totals, measured, measured_pixels,
                    next(iter(sizes)) if one_size else None, per_pixel if one_size else None)
-
-
-@contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Pillow warns of every odd tag in millions of files; what matters is counted or refused."""
-    pillow = logging.getLogger("PIL")
-    level = pillow.level
-    pillow.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        pillow.setLevel(level)
 
 
 def save_shard(plan: Plan, made: Encoded) -> Record:
     """The work of the disk: the shard's file, then its record."""
     shard = made.shard
-    length, sha, index = made.draft.commit() if made.draft.samples else (0, "", "")
+    length, sha, index = (write_shard(plan.shard_path(shard), made.samples) if made.samples
+                          else (0, "", ""))
     if made.per_pixel is not None:
         buffer = io.BytesIO()
         np.save(buffer, made.per_pixel)
         write_atomically(plan.work.pixel_sums(shard), buffer.getvalue())
-    record = Record(key=plan.key, samples=len(made.draft.samples), bytes=length, sha256=sha,
+    record = Record(key=plan.key, samples=len(made.samples), bytes=length, sha256=sha,
                     index_xxh3=index, measured=made.measured, pixels=made.pixels,
                     sums=_triple(made.totals[:3]), squares=_triple(made.totals[3:]),
                     image_size=made.image_size, rejected=made.rejected,

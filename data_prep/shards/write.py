@@ -1,0 +1,93 @@
+"""A shard's file: whole under its name, or absent.
+
+A shard is written once and seldom read again at once. Through the page cache its bytes would be
+copied into memory that the kernel has to find first, which has cost a sixth of a conversion
+(docs/speed-log.md), and push out what others want to read. So whole blocks go past it, where the
+file system can.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import mmap
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.shards.beton import ALLOCATION, USUAL_PAGE, Stored, head, layout, page_size
+from resnet_dist.data.shards.digest import index_digest
+from resnet_dist.run.atomic import sync_directory, temporary_name
+
+
+def write_shard(path: Path, samples: Sequence[Stored]) -> tuple[int, str, str]:
+    """Make the file; its size, SHA-256 and `index_digest`. Raises: OSError.
+
+    After a crash at any point the path is absent, the old file, or the whole new one.
+    """
+    sizes = [len(sample.data) for sample in samples]
+    page = page_size(sizes)
+    pointers, table_at = layout(sizes, page)
+    table = np.zeros(len(sizes), ALLOCATION)
+    table["sample_id"], table["ptr"], table["size"] = np.arange(len(sizes)), pointers, sizes
+    first, last = head(samples, page, pointers, table_at), table.tobytes()
+    parts = [(0, first), *zip(pointers, (sample.data for sample in samples), strict=True),
+             (table_at, last)]
+    sha, temporary = hashlib.sha256(), temporary_name(path)
+    path.parent.mkdir(exist_ok=True)
+    try:
+        with open(temporary, "xb", buffering=0) as file:
+            with suppress(OSError):  # tmpfs before Linux 6.6, some network file systems
+                _set_direct(file.fileno(), True)
+            for block in _blocks(parts):
+                sha.update(block)
+                _write_all(file.fileno(), block)
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    sync_directory(path.parent)
+    return table_at + len(last), sha.hexdigest(), index_digest(first, last)
+
+
+def _blocks(parts: Iterable[tuple[int, bytes]]) -> Iterator[memoryview]:
+    """The file, zeros between its parts (offset, bytes), in aligned blocks of one buffer."""
+    buffer = memoryview(mmap.mmap(-1, USUAL_PAGE))
+    at = 0
+    for pointer, data in parts:
+        for piece in (memoryview(bytes(pointer - at)), memoryview(data)):
+            while piece:
+                place = at % USUAL_PAGE
+                count = min(len(piece), USUAL_PAGE - place)
+                buffer[place:place + count] = piece[:count]
+                piece, at = piece[count:], at + count
+                if at % USUAL_PAGE == 0:
+                    yield buffer
+    yield buffer[:at % USUAL_PAGE]
+
+
+def _write_all(handle: int, block: memoryview) -> None:
+    """However little the system takes at once; through the page cache from where it has to be."""
+    if len(block) % mmap.PAGESIZE:
+        _set_direct(handle, False)
+    while block:
+        try:
+            block = block[os.write(handle, block):]
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP) or not _set_direct(handle,
+                                                                                      False):
+                raise
+
+
+def _set_direct(handle: int, on: bool) -> bool:
+    """Whether that changed anything. Raises: OSError where the file system cannot."""
+    flags = fcntl.fcntl(handle, fcntl.F_GETFL)
+    wanted = flags | os.O_DIRECT if on else flags & ~os.O_DIRECT
+    fcntl.fcntl(handle, fcntl.F_SETFL, wanted)
+    return flags != wanted
