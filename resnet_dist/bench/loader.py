@@ -14,18 +14,19 @@ import argparse
 import dataclasses
 import io
 import json
-import select
+import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from resnet_dist.bench.rounds import Competitor, Numbers, alternate, serve
 from resnet_dist.config.schema import AugmentConfig
 from resnet_dist.data.decode import decoder
 from resnet_dist.data.shards.manifest import Split, dump_manifest, load_manifest
@@ -63,27 +64,20 @@ def bench_loader(dataset: Path | str, *, size: int = 224, threads: int = 2, roun
     with tempfile.TemporaryDirectory(prefix="bench-loader-") as scratch:
         root = Path(scratch)
         one_shard(Path(dataset), root)
-        children = {name: _Child(name, root, size, threads, images) for name in LOADERS}
-        try:
-            rates: dict[str, list[float]] = {name: [] for name in LOADERS}
-            cpu_ms: dict[str, list[float]] = {name: [] for name in LOADERS}
-            for number in range(rounds):
-                for name, child in children.items():
-                    rate, cpu = child.round()
-                    rates[name].append(rate)
-                    cpu_ms[name].append(cpu)
-                    progress(f"round {number + 1}/{rounds}: {name} {rates[name][-1]:,.0f} images/s")
-        finally:
-            for child in children.values():
-                child.close()
+        options = ["--size", str(size), "--threads", str(threads), "--images", str(images)]
+        found = alternate({name: partial(
+            Competitor, name, ["resnet_dist.bench.loader", scratch, "--run", name, *options],
+            os.environ, limit_s=_ROUND_LIMIT_S) for name in LOADERS}, rounds, progress)
         errors = picture_errors(root, size)
         if sheet is not None:
             contact_sheet(root, sheet, size)
+    rates = {name: numbers["images_per_s"] for name, numbers in found.items()}
     median = {name: statistics.median(values) for name, values in rates.items()}
     return {
         "size": size, "threads": threads, "images": images, "rounds": rounds, "rates": rates,
         "median": median, "error": errors,
-        "cpu_ms": {name: statistics.median(values) for name, values in cpu_ms.items()},
+        "cpu_ms": {name: statistics.median(numbers["cpu_ms_an_image"])
+                   for name, numbers in found.items()},
         "speedup": {name: median["ours"] / median[name] for name in PEERS},
         "speedup_fp32": {name: median["ours_fp32"] / median[name] for name in PEERS
                          if name != "ffcv_uint8"},
@@ -111,71 +105,32 @@ def one_shard(dataset: Path, root: Path) -> None:
             (folder / f"{sample:06d}.jpg").write_bytes(reader.read(sample).tobytes())
 
 
-class _Child:
-    """One loader in a process; each `round` is one line in and one line out."""
-
-    def __init__(self, name: str, root: Path, size: int, threads: int, images: int):
-        command = [sys.executable, "-m", "resnet_dist.bench.loader", str(root), "--run", name,
-                   "--size", str(size), "--threads", str(threads), "--images", str(images)]
-        self._name = name
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                         stderr=subprocess.PIPE, text=True)
-        self.round()  # compile, fill the page cache
-
-    def round(self) -> tuple[float, float]:
-        """(images/s, CPU milliseconds an image)"""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
-            self._process.stdin.write("go\n")
-            self._process.stdin.flush()
-            if not select.select([self._process.stdout], [], [], _ROUND_LIMIT_S)[0]:
-                raise TimeoutError
-            rate, cpu = self._process.stdout.readline().split()
-            return float(rate), float(cpu)
-        except (BrokenPipeError, ValueError, TimeoutError) as error:
-            self._process.kill()
-            _, errors = self._process.communicate()
-            reason = (f"gave no answer in {_ROUND_LIMIT_S} s" if isinstance(error, TimeoutError)
-                      else "failed")
-            raise RuntimeError(f"loader {self._name!r} {reason}:\n{errors[-2000:]}") from None
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-
 def _serve(name: str, root: Path, size: int, threads: int, images: int) -> None:
-    """Child: a line in, the rate of `images` images out; the first two batches are not counted."""
-    run = {"ours": _ours, "ours_fp32": _ours_fp32, "ffcv": _ffcv, "ffcv_uint8": _ffcv_uint8,
-           "folder": _folder}[name]
-    batches = run(root, size, threads, images + 2 * BATCH)
-    for _ in sys.stdin:
+    """Child: rates of `images` images a round; the first two batches are not counted."""
+    kinds: dict[str, Callable[..., Iterator[Iterator[int]]]] = {
+        "ours": _ours, "ours_fp32": partial(_ours, fp32=True), "ffcv": _ffcv,
+        "ffcv_uint8": _stock, "folder": _folder}
+    batches = kinds[name](root, size, threads, images + 2 * BATCH)
+
+    def work() -> Numbers:
         start, cpu, counted = 0.0, 0.0, 0
         for number, count in enumerate(next(batches)):
             if number == 1:
                 start, cpu = time.monotonic(), time.process_time()
             elif number > 1:
                 counted += count
-        rate = counted / (time.monotonic() - start)
-        sys.stdout.write(f"{rate} {1e3 * (time.process_time() - cpu) / counted}\n")
-        sys.stdout.flush()
+        return {"images_per_s": counted / (time.monotonic() - start),
+                "cpu_ms_an_image": 1e3 * (time.process_time() - cpu) / counted}
+
+    serve(work)
 
 
 def _augment(size: int) -> AugmentConfig:
     return AugmentConfig(name="random_resized_crop", size=size)
 
 
-def _ours(root: Path, size: int, threads: int, images: int) -> Iterator[Iterator[int]]:
-    from resnet_dist.data.loader import TrainLoader
-    with TrainLoader(root, "train", _augment(size), seed=0, batch_size=BATCH,
-                     threads=threads) as loader:
-        stream = iter(loader)
-        while True:
-            yield (len(next(stream).labels) for _ in range(images // BATCH))
-
-
-def _ours_fp32(root: Path, size: int, threads: int, images: int) -> Iterator[Iterator[int]]:
+def _ours(root: Path, size: int, threads: int, images: int,
+          fp32: bool = False) -> Iterator[Iterator[int]]:
     import torch
 
     from resnet_dist.data.loader import TrainLoader
@@ -189,8 +144,10 @@ def _ours_fp32(root: Path, size: int, threads: int, images: int) -> Iterator[Ite
 
         def batch() -> int:
             images = next(stream).images
-            rows = images.view(len(images), size, size * 3).float().mul_(scale).add_(shift)
-            return len(rows.view(len(images), size, size, 3))  # NHWC, as channels_last wants
+            if fp32:
+                rows = images.view(len(images), size, size * 3).float().mul_(scale).add_(shift)
+                images = rows.view(len(images), size, size, 3)  # NHWC, as channels_last wants
+            return len(images)
 
         while True:
             yield (batch() for _ in range(images // BATCH))
@@ -202,12 +159,8 @@ def _ffcv(root: Path, size: int, threads: int, images: int) -> Iterator[Iterator
                   [NormalizeImage(_MEAN * 255, _STD * 255, np.dtype("float32"))])
 
 
-def _ffcv_uint8(root: Path, size: int, threads: int, images: int) -> Iterator[Iterator[int]]:
-    return _stock(root, size, threads, images, [])
-
-
 def _stock(root: Path, size: int, threads: int, images: int,
-           last: list[object]) -> Iterator[Iterator[int]]:
+           last: Sequence[object] = ()) -> Iterator[Iterator[int]]:
     """FFCV's ImageNet pipeline: its crop, its flip, its threads, in random order."""
     from ffcv.fields.basics import IntDecoder
     from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder

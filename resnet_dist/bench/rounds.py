@@ -7,6 +7,7 @@ and answers with one line of JSON: name -> number.
 from __future__ import annotations
 
 import json
+import select
 import statistics
 import subprocess
 import sys
@@ -21,10 +22,14 @@ class CompetitorFailed(RuntimeError):
 
 
 class Competitor:
-    """`python -m MODULE ARGUMENTS`; the first round, which warms it up, is not counted."""
+    """`python -m MODULE ARGUMENTS`; the first round, which warms it up, is not counted.
 
-    def __init__(self, name: str, command: list[str], environment: Mapping[str, str]) -> None:
-        self.name = name
+    limit_s: for a round; None: none.
+    """
+
+    def __init__(self, name: str, command: list[str], environment: Mapping[str, str],
+                 limit_s: float | None = None) -> None:
+        self.name, self._limit_s = name, limit_s
         self._process = subprocess.Popen(
             [sys.executable, "-m", *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, text=True, env=dict(environment))
@@ -36,12 +41,16 @@ class Competitor:
         try:
             self._process.stdin.write("go\n")
             self._process.stdin.flush()
+            if not select.select([self._process.stdout], [], [], self._limit_s)[0]:
+                raise TimeoutError
             numbers: Numbers = json.loads(self._process.stdout.readline())
             return numbers
-        except (BrokenPipeError, json.JSONDecodeError):
+        except (BrokenPipeError, json.JSONDecodeError, TimeoutError) as error:
             self._process.kill()
             _, errors = self._process.communicate()
-            raise CompetitorFailed(f"{self.name} failed:\n{errors[-2000:]}") from None
+            why = (f"gave no answer in {self._limit_s} s" if isinstance(error, TimeoutError)
+                   else "failed")
+            raise CompetitorFailed(f"{self.name} {why}:\n{errors[-2000:]}") from None
 
     def close(self) -> None:
         self._process.kill()
