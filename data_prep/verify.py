@@ -21,8 +21,8 @@ from data_prep.conversion.finish import seal_of
 from data_prep.conversion.progress import Ticker
 from data_prep.encode import jpeg
 from data_prep.encode.jpeg import JpegError
-from data_prep.shards.beton import MODE_JPEG, Damaged, ShardIndex, digest, read_index
 from resnet_dist.config.schema import ConfigError
+from resnet_dist.data.shards.beton import MODE_JPEG, Damaged, ShardIndex, digest, read_index
 from resnet_dist.data.shards.manifest import Manifest, dump_manifest, load_manifest
 from resnet_dist.run.paths import DatasetPaths
 
@@ -162,7 +162,8 @@ def check_shard(path: Path, samples: int, length: int, sha256: str, classes: int
         if actual != length:
             return [f"has {actual} bytes, the manifest says {length}"], nothing
         intact = _sha256(path) == sha256
-        index = read_index(path)
+        with open(path, "rb") as file:
+            index = read_index(file.fileno())
     except FileNotFoundError:
         return ["is missing"], nothing
     except OSError as error:
@@ -174,8 +175,8 @@ def check_shard(path: Path, samples: int, length: int, sha256: str, classes: int
     told = np.empty(samples, SAMPLE)
     told["label"], told["hash"] = index.samples["f1"], index.samples["f2"]
     labels, problems = told["label"], []
-    if (labels >= classes).any():
-        where = int(np.argmax(labels >= classes))
+    if (wrong := (labels < 0) | (labels >= classes)).any():
+        where = int(np.argmax(wrong))
         problems.append(f"sample {where}: label {labels[where]} of {classes} classes")
         told = nothing
     problems += list(_check_samples(path, index, deep))

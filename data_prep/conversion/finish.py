@@ -33,6 +33,7 @@ from resnet_dist.data.shards.manifest import (
     load_manifest,
     manifest_fingerprint,
 )
+from resnet_dist.data.shards.reader import ShardReader
 from resnet_dist.run.atomic import write_atomically
 from resnet_dist.run.paths import DatasetPaths
 
@@ -189,12 +190,12 @@ def _write_pixel_mean(plan: Plan, records: Records, split: str, paths: DatasetPa
 
 def _pictures(dst: Path, manifest: Manifest) -> dict[str, str]:
     """Contact sheet of the training split and histogram of all; name -> SHA-256."""
-    files = {name: [dst / shard.file for shard in split.shards]
-             for name, split in manifest.splits.items()}
-    counts = {name: np.bincount(look.labels_of(shards), minlength=manifest.num_classes)
-              for name, shards in files.items()}
-    shown = files.get("train") or next(iter(files.values()))
-    write_atomically(dst / look.SHEET, look.contact_sheet(shown, manifest.classes))
+    counts = {}
+    for name in manifest.splits:
+        with ShardReader(dst, name, manifest=manifest) as reader:
+            if name == ("train" if "train" in manifest.splits else next(iter(manifest.splits))):
+                write_atomically(dst / look.SHEET, look.sheet_of(reader))
+            counts[name] = np.bincount(reader.labels, minlength=manifest.num_classes)
     write_atomically(dst / look.HISTOGRAM, look.class_histogram(counts, manifest.classes))
     return _hashes([dst / look.SHEET, dst / look.HISTOGRAM])
 

@@ -9,58 +9,34 @@ from __future__ import annotations
 import io
 import os
 import zlib
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from data_prep.encode import jpeg
-from data_prep.shards.beton import MODE_RAW, ShardIndex, read_index
+from resnet_dist.data.shards.beton import MODE_RAW
 from resnet_dist.data.shards.manifest import PILLOW_LETTERS, legible
+from resnet_dist.data.shards.reader import ShardReader
+from resnet_dist.data.shards.sheet import CELL, INK, PAPER, contact_sheet
 
-COLUMNS, ROWS, CELL, TEXT = 12, 8, 112, 16  # pixels
+COLUMNS, ROWS = 12, 8
 LETTERS = 16  # of a class's name: as many as fit
 SHEET = "contact_sheet.png"
 HISTOGRAM = "class_histogram.png"
-INK, PAPER, BARS = (32, 32, 32), (250, 250, 250), ((58, 110, 165), (210, 120, 60), (90, 150, 90))
+BARS = ((58, 110, 165), (210, 120, 60), (90, 150, 90))
 
 
-def labels_of(shards: Sequence[Path]) -> np.ndarray:
-    """int64 [n], in the order of the shards."""
-    return np.concatenate([read_index(shard).samples["f1"] for shard in shards])
-
-
-def contact_sheet(shards: Sequence[Path], classes: tuple[str, ...]) -> bytes:
+def sheet_of(reader: ShardReader) -> bytes:
     """PNG of up to 96 images: one of each class where there are as many classes, or several;
     always the same ones for the same shards."""
-    indexes = [read_index(shard) for shard in shards]
-    labels = np.concatenate([index.samples["f1"] for index in indexes])
-    names = legible(classes, PILLOW_LETTERS, LETTERS)
-    starts = np.cumsum([0] + [len(index.samples) for index in indexes])
-    sheet = Image.new("RGB", (COLUMNS * CELL, ROWS * (CELL + TEXT)), PAPER)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
-
-    def thumbnail(sample: int) -> Image.Image:
-        shard = int(np.searchsorted(starts, sample, side="right")) - 1
-        image = Image.fromarray(
-            small_sample(shards[shard], indexes[shard], sample - int(starts[shard])))
-        image.thumbnail((CELL - 4, CELL - 4), Image.Resampling.BOX)
-        if max(image.size) < CELL // 2:  # small images, enlarged without smoothing
-            factor = (CELL - 4) // max(image.size)
-            image = image.resize((image.width * factor, image.height * factor),
-                                 Image.Resampling.NEAREST)
-        return image
-
-    chosen = _chosen(labels)
+    names = legible(reader.manifest.classes, PILLOW_LETTERS, LETTERS)
+    chosen = _chosen(reader.labels)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:  # a decoder holds no lock
-        images = list(threads.map(thumbnail, chosen))
-    for place, (sample, image) in enumerate(zip(chosen, images, strict=True)):
-        x, y = place % COLUMNS * CELL, place // COLUMNS * (CELL + TEXT)
-        sheet.paste(image, (x + (CELL - image.width) // 2, y + (CELL - image.height) // 2))
-        draw.text((x + 3, y + CELL), names[labels[sample]], INK, font=font)
-    return _png(sheet)
+        pictures = list(threads.map(partial(_small, reader), chosen))
+    captions = [(names[reader.labels[sample]],) for sample in chosen]
+    return _png(contact_sheet(pictures, captions, COLUMNS, COLUMNS * ROWS))
 
 
 def _chosen(labels: np.ndarray) -> list[int]:
@@ -79,17 +55,14 @@ def _chosen(labels: np.ndarray) -> list[int]:
     return chosen
 
 
-def small_sample(shard: Path, index: ShardIndex, number: int) -> np.ndarray:
-    """uint8 RGB [h, w, 3] of one sample of a shard, shrunk by a whole factor if it is large."""
-    image = index.samples["f0"][number]
+def _small(reader: ShardReader, sample: int) -> np.ndarray:
+    """uint8 RGB [h, w, 3] of one sample, shrunk by a whole factor if it is large."""
+    image, data = reader.metadata["f0"][sample], reader.read(sample)
     width, height = int(image["width"]), int(image["height"])
-    with open(shard, "rb") as file:
-        file.seek(int(image["data_ptr"]))
-        data = file.read(int(index.sizes[number]))
     if int(image["mode"]) == MODE_RAW:
-        return np.frombuffer(data, np.uint8).reshape(height, width, 3)
+        return data.reshape(height, width, 3)
     scale = max(1, min(width, height) // CELL)
-    return jpeg.decode(data, width // scale, height // scale)
+    return jpeg.decode(data.tobytes(), width // scale, height // scale)
 
 
 def class_histogram(counts: dict[str, np.ndarray], classes: tuple[str, ...]) -> bytes:

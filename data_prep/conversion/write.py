@@ -27,8 +27,7 @@ from data_prep.encode.facts import PLAIN
 from data_prep.encode.facts import count as count_facts
 from data_prep.encode.images import Encoding, encode
 from data_prep.encode.jpeg import JpegError
-from data_prep.shards.beton import Stored
-from data_prep.shards.write import write_shard
+from data_prep.shards.write import Stored, write_shard
 from data_prep.sources.found import Reader, ReadsAhead, Unreadable
 from resnet_dist.run.atomic import write_atomically
 

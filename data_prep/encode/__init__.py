@@ -2,5 +2,5 @@
 
 In: its bytes.
 Out: what a shard stores, or the reason why not (door: `images.encode`; loops in `native/`).
-May import: shards, sources.
+May import: sources, resnet_dist.data.shards.
 """

@@ -22,8 +22,8 @@ from data_prep.encode import formats, jpeg, reasons
 from data_prep.encode.facts import PLAIN, Facts
 from data_prep.encode.formats import refuse_pixels
 from data_prep.encode.jpeg import Header, JpegError
-from data_prep.shards.beton import MODE_JPEG, MODE_RAW
 from data_prep.sources.found import Unreadable
+from resnet_dist.data.shards.beton import MODE_JPEG, MODE_RAW
 
 RAW_ROW = 16  # rows of raw pixels that are measured together, as many as most JPEGs' MCUs have
 

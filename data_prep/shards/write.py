@@ -1,4 +1,4 @@
-"""A shard's file: whole under its name, or absent.
+"""A shard's file: whole under its name, or absent; its bytes depend on nothing but its samples.
 
 A shard is written once and seldom read again at once. Through the page cache its bytes would be
 copied into memory that the kernel has to find first, which has cost a sixth of a conversion
@@ -15,13 +15,39 @@ import mmap
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from data_prep.shards.beton import ALLOCATION, USUAL_PAGE, Stored, head, layout, page_size
-from resnet_dist.data.shards.digest import index_digest
+from resnet_dist.data.shards.beton import (
+    ALLOCATION,
+    FIELD,
+    FIELDS,
+    HEADER,
+    METADATA_START,
+    MIN_PAGE,
+    SAMPLE,
+    VERSION,
+    digest,
+    index_digest,
+)
 from resnet_dist.run.atomic import sync_directory, temporary_name
+
+USUAL_PAGE = 1 << 23
+SMALL_SHARD = 4 * USUAL_PAGE  # bytes of images up to which pages are small
+MAX_PAGE = 1 << 31
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One image as it lies in a shard: a JPEG stream, or raw RGB pixels [height, width, 3]."""
+
+    mode: int
+    width: int
+    height: int
+    data: bytes
+    label: int
 
 
 def write_shard(path: Path, samples: Sequence[Stored]) -> tuple[int, str, str]:
@@ -54,6 +80,48 @@ def write_shard(path: Path, samples: Sequence[Stored]) -> tuple[int, str, str]:
         raise
     sync_directory(path.parent)
     return table_at + len(last), sha.hexdigest(), index_digest(first, last)
+
+
+def page_size(sizes: Sequence[int]) -> int:
+    """Smallest page that FFCV allows and the samples justify: 2 MiB for little data, else 8 MiB,
+    and more where one sample alone needs it."""
+    page = MIN_PAGE if sum(sizes) <= SMALL_SHARD else USUAL_PAGE
+    while page < max(sizes, default=0):
+        page *= 2
+    if page > MAX_PAGE:
+        raise ValueError(f"a sample of {max(sizes)} bytes exceeds FFCV's largest page")
+    return page
+
+
+def layout(sizes: Sequence[int], page: int) -> tuple[list[int], int]:
+    """File offset of every sample, and of the allocation table after the last whole page."""
+    pointers, at = [], -(-(METADATA_START + len(sizes) * SAMPLE.itemsize) // page) * page
+    for size in sizes:
+        if at // page != (at + size - 1) // page:
+            at = -(-at // page) * page
+        pointers.append(at)
+        at += size
+    return pointers, -(-at // page) * page
+
+
+def head(samples: Sequence[Stored], page: int, pointers: Sequence[int], table: int) -> bytes:
+    """Header, field descriptors and metadata."""
+    header = np.zeros(1, HEADER)
+    header["version"], header["num_fields"], header["page_size"] = VERSION, len(FIELDS), page
+    header["num_samples"], header["alloc_table_ptr"] = len(samples), table
+    fields = np.zeros(len(FIELDS), FIELD)
+    for field, (name, type_id) in zip(fields, FIELDS, strict=True):
+        field["type_id"] = type_id
+        field["name"][:len(name)] = np.frombuffer(name.encode(), np.uint8)
+    rows = np.zeros(len(samples), SAMPLE)
+    image = rows["f0"]
+    image["mode"] = [sample.mode for sample in samples]
+    image["width"] = [sample.width for sample in samples]
+    image["height"] = [sample.height for sample in samples]
+    image["data_ptr"] = pointers
+    rows["f1"] = [sample.label for sample in samples]
+    rows["f2"] = [digest(sample.data) for sample in samples]
+    return header.tobytes() + fields.tobytes() + rows.tobytes()
 
 
 def _blocks(parts: Iterable[tuple[int, bytes]]) -> Iterator[memoryview]:

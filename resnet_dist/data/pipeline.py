@@ -7,6 +7,10 @@ travel in as `storage_state`, keyed by position in the batch.
 FFCV's own threads (numba's prange) are not used: numba's pool is not re-entrant and an exception
 in it cannot name its sample. Each worker thread of the loader runs the compiled stage on a few
 images.
+
+`import ffcv` sets torch's intra-op threads to 1 (its Compiler does so when its module runs); a
+loader must not slow down the model, so the number is put back. It also compiles a typed dictionary
+of two entries, for 3 s in every process; a plain one serves as well, because only Python reads it.
 """
 
 from __future__ import annotations
@@ -16,19 +20,30 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import numba.typed
 import numpy as np
+import torch
 
 from resnet_dist.data.decode import decoder
-from resnet_dist.data.shards.ffcv_types import HANDLERS, METADATA_TYPE
+from resnet_dist.data.shards.beton import SAMPLE
+
+_threads, _typed = torch.get_num_threads(), numba.typed.Dict
+numba.typed.Dict = dict
 
 # isort: split
-from ffcv.fields.basics import IntDecoder
-from ffcv.pipeline.allocation_query import AllocationQuery
-from ffcv.pipeline.compiler import Compiler
-from ffcv.pipeline.graph import Graph
-from ffcv.pipeline.operation import Operation
-from ffcv.pipeline.pipeline_spec import PipelineSpec
-from ffcv.pipeline.state import State
+from ffcv.fields import IntField, RGBImageField  # noqa: E402
+from ffcv.fields.basics import IntDecoder  # noqa: E402
+from ffcv.pipeline.allocation_query import AllocationQuery  # noqa: E402
+from ffcv.pipeline.compiler import Compiler  # noqa: E402
+from ffcv.pipeline.graph import Graph  # noqa: E402
+from ffcv.pipeline.operation import Operation  # noqa: E402
+from ffcv.pipeline.pipeline_spec import PipelineSpec  # noqa: E402
+from ffcv.pipeline.state import State  # noqa: E402
+
+torch.set_num_threads(_threads)
+numba.typed.Dict = _typed
+
+HANDLERS = {"image": RGBImageField(), "label": IntField(), "digest": IntField()}  # as in the file
 
 
 class PlannedDecoder(Operation):
@@ -70,7 +85,7 @@ def compiled_stage() -> Callable[..., tuple[np.ndarray, np.ndarray]]:
     decoders = {"image": PlannedDecoder(), "label": IntDecoder()}
     graph = Graph({name: PipelineSpec(name, decoder) for name, decoder in decoders.items()},
                   HANDLERS, {name: i for i, name in enumerate(HANDLERS)},
-                  np.empty(0, METADATA_TYPE), None)
+                  np.empty(0, SAMPLE), None)
     _, code = graph.collect_requirements()
     stages, outputs = graph.codegen_all(code)
     (stage, defined), *rest = stages

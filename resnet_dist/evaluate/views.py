@@ -21,6 +21,7 @@ from resnet_dist.build import data_path
 from resnet_dist.config.schema import Config, EvalConfig
 from resnet_dist.data.decode import decoder
 from resnet_dist.data.loader import EvalLoader
+from resnet_dist.data.shards.beton import digest
 from resnet_dist.data.shards.reader import DataError, ShardReader
 from resnet_dist.ranks.distributed import World
 
@@ -176,7 +177,7 @@ def picture(reader: ShardReader, sample: int, side: int | None, *, check: bool) 
     image, stored = reader.metadata["f0"][sample], reader.read(sample).tobytes()
     mode, height, width = (int(image[key]) for key in ("mode", "height", "width"))
     size = _resized(reader, sample, side)
-    if check and decoder.digest(stored) != reader.metadata["f2"][sample]:
+    if check and digest(stored) != reader.metadata["f2"][sample]:
         raise DataError(f"{reader.describe(sample)}: its bytes are not the recorded ones; run "
                         f"`resnet-dist verify {reader.dataset} --deep`, then copy or convert "
                         "that shard again")

@@ -20,13 +20,13 @@ from resnet_dist.config.schema import Config
 from resnet_dist.data.loader import Batch
 from resnet_dist.data.shards.manifest import PILLOW_LETTERS, Manifest, legible
 from resnet_dist.data.shards.reader import ShardReader
+from resnet_dist.data.shards.sheet import CELL, contact_sheet
 from resnet_dist.engine.core import Engine, Mix
 from resnet_dist.evaluate.judge import Outcomes, calibration, figures
 from resnet_dist.evaluate.views import picture
 from resnet_dist.models.analysis.responses import layer_responses, plot_responses
 from resnet_dist.models.norm import GhostBatchNorm2d
 from resnet_dist.watch.metrics import Metrics
-from resnet_dist.watch.sheet import CELL, contact_sheet
 
 log = logging.getLogger(__name__)
 

@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_prep.shards import beton
 from launcher.frozen.freeze import create_run, rewrite_config
 from resnet_dist.config.load import config_from_dict, config_to_dict, load_frozen
 from resnet_dist.config.schema import ConfigError
-from resnet_dist.data.shards.digest import index_digest
+from resnet_dist.data.shards import beton
+from resnet_dist.data.shards.beton import index_digest
 from resnet_dist.data.shards.manifest import load_manifest
 from resnet_dist.run import checkpoint
 from resnet_dist.run.paths import RunPaths

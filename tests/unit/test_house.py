@@ -27,7 +27,7 @@ ARROWS = {
     "resnet_dist.data": "config data.augmentation data.decode data.shards run",
     "resnet_dist.data.augmentation": "config data.decode data.shards run",
     "resnet_dist.data.decode": "",
-    "resnet_dist.data.shards": "config data.decode run",
+    "resnet_dist.data.shards": "config run",
     "resnet_dist.engine": "config data.augmentation kernels models ranks run",
     "resnet_dist.evaluate": "build config data data.decode data.shards engine models "
                             "models.analysis ranks run",
@@ -39,7 +39,7 @@ ARROWS = {
                          "models ranks run",
     "data_prep.sources": "",
     "data_prep.shards": "resnet_dist.data.shards resnet_dist.run",
-    "data_prep.encode": "shards sources",
+    "data_prep.encode": "sources resnet_dist.data.shards",
     "data_prep.options": "resnet_dist.config",
     "data_prep.conversion": "encode options shards sources resnet_dist.data.shards "
                             "resnet_dist.run",
@@ -47,7 +47,7 @@ ARROWS = {
                          "resnet_dist.data.shards resnet_dist.run",
     "data_prep.slurm": "conversion convert options resnet_dist.config resnet_dist.data.shards "
                        "resnet_dist.run",
-    "data_prep.verify": "conversion encode shards resnet_dist.config resnet_dist.data.shards "
+    "data_prep.verify": "conversion encode resnet_dist.config resnet_dist.data.shards "
                         "resnet_dist.run",
     "data_prep.bench": "conversion convert sources",
     "launcher.journal": "resnet_dist.run",
@@ -71,7 +71,7 @@ ARROWS = {
 # Of these rooms the launcher and the preparation of data see only what needs no torch.
 TORCH_FREE = ("resnet_dist.run.atomic", "resnet_dist.run.paths", "resnet_dist.run.curves",
               "resnet_dist.run.lease", "resnet_dist.run.rollback",
-              "resnet_dist.data.shards.manifest", "resnet_dist.data.shards.digest",
+              "resnet_dist.data.shards",
               "resnet_dist.config", "resnet_dist.models.catalog")
 
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

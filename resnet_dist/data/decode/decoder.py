@@ -12,7 +12,6 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import numpy as np
-import xxhash
 
 # Mirrors `struct Plan` in native.h. Lengths are source pixels, `shift` is grey levels.
 OP = np.dtype([("code", "<i4"), ("args", "<f4", (4,))])
@@ -84,12 +83,6 @@ def last_error() -> str:
 def only_portable(on: bool) -> None:
     """For tests: run the kernels that any processor has, in the whole process."""
     _library.rd_only_portable(int(on))
-
-
-def digest(data: bytes) -> int:
-    """XXH3-64 of stored image bytes as the signed integer that the `digest` field holds."""
-    value = xxhash.xxh3_64_intdigest(data)
-    return value - (1 << 64) if value >> 63 else value
 
 
 def decode_one(data: bytes, mode: int, height: int, width: int, plan: np.ndarray,

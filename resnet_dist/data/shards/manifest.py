@@ -30,7 +30,7 @@ class Shard(Section):
     samples: Annotated[int, Field(ge=1)]
     bytes: Annotated[int, Field(ge=1)]
     sha256: Sha256
-    # `digest.index_digest` of the shard; None in data sets written before it was recorded.
+    # `beton.index_digest` of the shard; None in data sets written before it was recorded.
     index_xxh3: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")] | None = None
 
 

@@ -6,7 +6,7 @@ fails while a run uses it is an error that names the sample, where a mapping wou
 with SIGBUS. The page cache is shared with every other process of the node all the same, and a
 network file system gets one request for an image instead of one for each of its pages.
 
-Shards are FFCV 1.0.2 files (its header, field and allocation types are imported from it) with
+Shards are FFCV 1.0.2 files with
 three fields: image (RGBImageField), label (IntField), digest (IntField: XXH3-64 of the stored image
 bytes). A shard may come from anywhere, so nothing in it is believed until it fits the file and
 the manifest.
@@ -18,24 +18,13 @@ import bisect
 import errno
 import os
 import resource
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from resnet_dist.data.decode.decoder import JPEG, RAW
-from resnet_dist.data.shards.digest import index_digest
-from resnet_dist.data.shards.ffcv_types import (
-    ALLOC_TABLE_TYPE,
-    CURRENT_VERSION,
-    FIELDS,
-    METADATA_TYPE,
-    FieldDescType,
-    HeaderType,
-)
-from resnet_dist.data.shards.manifest import Manifest, Shard, load_manifest
+from resnet_dist.data.shards.beton import SAMPLE, Damaged, read_at, read_index
+from resnet_dist.data.shards.manifest import Manifest, load_manifest
 
-_MIN_PAGE = 1 << 21  # FFCV's smallest page
 _OTHER_FILES = 256  # that a training process may have open besides
 
 
@@ -71,7 +60,7 @@ class ShardReader:
         self._descriptors: list[int] = []
         _allow_files(len(self.shards))
         try:
-            self.metadata = np.empty(self.num_samples, METADATA_TYPE)
+            self.metadata = np.empty(self.num_samples, SAMPLE)
             self.sizes = np.empty(self.num_samples, np.uint32)
             self.files = np.empty(self.num_samples, np.int32)
             for index in range(len(self.shards)):
@@ -92,10 +81,24 @@ class ShardReader:
                       else "copy the data set again or run `resnet-dist verify`")
             raise DataError(f"{file}: cannot be opened ({error.strerror}); {remedy}") from None
         self._descriptors.append(descriptor)
-        metadata, sizes = check_shard(descriptor, file, shard, self.manifest.num_classes)
         here = slice(self.first_sample[index], self.first_sample[index + 1])
-        self.metadata[here] = metadata
-        self.sizes[here] = sizes
+        try:
+            length = os.fstat(descriptor).st_size
+            if length != shard.bytes:
+                raise Damaged(f"is {length:,} bytes, dataset.json says {shard.bytes:,}")
+            found = read_index(descriptor)
+            if len(found.samples) != shard.samples:
+                raise Damaged(f"has {len(found.samples):,} samples, dataset.json says "
+                              f"{shard.samples:,}")
+            labels, classes = found.samples["f1"], self.manifest.num_classes
+            if (bad := (labels < 0) | (labels >= classes)).any():
+                raise Damaged(f"sample {int(np.argmax(bad))} has a label outside 0..{classes - 1}")
+            if shard.index_xxh3 not in (None, found.digest):
+                raise Damaged("its labels or metadata are not those that were written")
+        except Damaged as damage:
+            raise DataError(f"{file}: {damage}; run `resnet-dist verify {file.parents[1]}`, then "
+                            "copy or convert this shard again") from None
+        self.metadata[here], self.sizes[here] = found.samples, found.sizes
         self.files[here] = descriptor
 
     def locate(self, sample: int) -> tuple[Path, int]:
@@ -111,14 +114,14 @@ class ShardReader:
         """The stored bytes of one image: uint8. Raises: DataError where they are not there."""
         start, count = int(self.metadata["f0"]["data_ptr"][sample]), int(self.sizes[sample])
         try:
-            stored = _read(int(self.files[sample]), start, count)
+            stored = read_at(int(self.files[sample]), start, count)
         except OSError as error:
             raise DataError(f"{self.describe(sample)}: cannot be read ({error.strerror}); check "
                             "its file system") from None
         if stored is None:
             raise DataError(f"{self.describe(sample)}: its shard was cut off while in use; copy "
                             "or convert that shard again")
-        return stored
+        return np.frombuffer(stored, np.uint8)
 
     def will_need(self, sample: int) -> None:
         """Ask the kernel to have the bytes of one image in memory soon."""
@@ -152,105 +155,3 @@ def _allow_files(count: int) -> None:
         return
     allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(allowed, soft), hard))
-
-
-def check_shard(descriptor: int, file: Path, shard: Shard,
-                num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """(metadata [n], stored bytes of each image uint32 [n]) once every number fits the file.
-
-    Raises: DataError naming the file, what is wrong and, where there is one, the sample.
-    """
-    def refuse(what: str) -> DataError:
-        return DataError(f"{file}: {what}; run `resnet-dist verify {file.parents[1]}`, then copy "
-                         "or convert this shard again")
-
-    length = os.fstat(descriptor).st_size
-    if length != shard.bytes:
-        raise refuse(f"is {length:,} bytes, dataset.json says {shard.bytes:,}")
-    fixed = HeaderType.itemsize + len(FIELDS) * FieldDescType.itemsize
-    head = _read(descriptor, 0, fixed)
-    if head is None:
-        raise refuse("ends inside its header")
-    header = head[:HeaderType.itemsize].view(HeaderType)[0]
-    if header["version"] != CURRENT_VERSION:
-        raise refuse(f"has format version {header['version']}, expected {CURRENT_VERSION}")
-    if header["num_fields"] != len(FIELDS):
-        names = ", ".join(name for name, _ in FIELDS)
-        raise refuse(f"has {header['num_fields']} fields, expected {names}")
-    page_size = int(header["page_size"])
-    if page_size < _MIN_PAGE or page_size & (page_size - 1):
-        raise refuse(f"has page size {page_size}, expected a power of two of at least {_MIN_PAGE}")
-    count = int(header["num_samples"])
-    if count != shard.samples:
-        raise refuse(f"has {count:,} samples, dataset.json says {shard.samples:,}")
-    descriptions = head[HeaderType.itemsize:].view(FieldDescType)
-    for description, (name, type_id) in zip(descriptions, FIELDS, strict=True):
-        found = description["name"].tobytes().rstrip(b"\0")
-        if found != name.encode() or description["type_id"] != type_id:
-            raise refuse(f"has a field {found!r} of type {description['type_id']}, expected "
-                         f"{name!r} of type {type_id}")
-    table_at = int(header["alloc_table_ptr"])
-    body = fixed + count * METADATA_TYPE.itemsize
-    if table_at < body or table_at + count * ALLOC_TABLE_TYPE.itemsize != length:
-        raise refuse(f"has its allocation table at byte {table_at:,}, which does not fit {count:,} "
-                     f"samples and {length:,} bytes")
-    stored = _read(descriptor, fixed, count * METADATA_TYPE.itemsize)
-    table_bytes = _read(descriptor, table_at, count * ALLOC_TABLE_TYPE.itemsize)
-    if stored is None or table_bytes is None:
-        raise refuse("became shorter while it was read")
-    metadata, table = stored.view(METADATA_TYPE), table_bytes.view(ALLOC_TABLE_TYPE)
-    _check_table(metadata, table, body, table_at, page_size, num_classes, refuse)
-    index = index_digest(head.tobytes() + stored.tobytes(), table_bytes.tobytes())
-    if shard.index_xxh3 not in (None, index):
-        raise refuse("its labels or metadata are not those that were written")
-    of_sample = np.empty(count, np.int64)
-    of_sample[table["sample_id"].astype(np.int64)] = np.arange(count)
-    return metadata, table["size"][of_sample].astype(np.uint32)
-
-
-def _check_table(metadata: np.ndarray, table: np.ndarray, body: int, table_at: int, page_size: int,
-                 num_classes: int, refuse: Callable[[str], DataError]) -> None:
-    """Every allocation lies in the data, none overlap, and every sample points at its own."""
-    count = len(metadata)
-
-    starts, sizes = table["ptr"], table["size"]
-    limit, low = np.uint64(table_at), np.uint64(body)
-    bad = (starts < low) | (starts > limit) | (sizes > limit) | (sizes == 0)
-    bad |= (sizes > limit - np.minimum(starts, limit)) | (table["sample_id"] >= np.uint64(count))
-    if bad.any():
-        entry = int(np.argmax(bad))
-        raise refuse(f"entry {entry} of its allocation table points outside the data")
-    by_start = np.argsort(starts, kind="stable")
-    ends = (starts + sizes)[by_start]
-    if (ends[:-1] > starts[by_start][1:]).any():
-        raise refuse("allocations overlap")
-    of_sample = np.full(count, -1, np.int64)
-    of_sample[table["sample_id"].astype(np.int64)] = np.arange(count)
-    if (of_sample < 0).any():
-        raise refuse(f"sample {int(np.argmax(of_sample < 0))} has no allocation")
-    image = metadata["f0"]
-    sample_sizes = sizes[of_sample]
-    for bad, what in (
-        (image["data_ptr"] != starts[of_sample], "points elsewhere than its allocation"),
-        ((image["mode"] != JPEG) & (image["mode"] != RAW), "has an unknown image mode"),
-        ((image["width"] == 0) | (image["height"] == 0), "has no pixels"),
-        ((image["mode"] == RAW) & (sample_sizes != 3 * image["width"].astype(np.uint64)
-                                   * image["height"]), "is raw but not height x width x 3 bytes"),
-        (sample_sizes > np.uint64(page_size), "is larger than a page"),
-        ((metadata["f1"] < 0) | (metadata["f1"] >= num_classes),
-         f"has a label outside 0..{num_classes - 1}"),
-    ):
-        if bad.any():
-            raise refuse(f"sample {int(np.argmax(bad))} {what}")
-
-
-def _read(descriptor: int, offset: int, count: int) -> np.ndarray | None:
-    """`count` bytes as uint8, or None where the file ends before."""
-    parts = []
-    while count:
-        part = os.pread(descriptor, min(count, 1 << 30), offset)
-        if not part:
-            return None
-        parts.append(part)
-        offset, count = offset + len(part), count - len(part)
-    return np.frombuffer(b"".join(parts), np.uint8)

@@ -16,8 +16,7 @@ from ffcv.writer import DatasetWriter
 from PIL import Image
 
 from resnet_dist.data.decode import decoder
-from resnet_dist.data.shards.digest import index_digest
-from resnet_dist.data.shards.ffcv_types import METADATA_TYPE, FieldDescType, HeaderType
+from resnet_dist.data.shards.beton import METADATA_START, SAMPLE, digest, index_digest
 from resnet_dist.data.shards.manifest import Manifest, Shard, Split, dump_manifest
 
 SHARED = Path(__file__).parents[3] / ".." / "shared" / "data"
@@ -67,7 +66,7 @@ class _Rows:
 
     def __getitem__(self, index: int) -> tuple[Sample, int, int]:
         sample = self.samples[index]
-        return sample, sample[4], decoder.digest(sample[0]) if self.digests else 0
+        return sample, sample[4], digest(sample[0]) if self.digests else 0
 
 
 def _stored_bytes_field() -> RGBImageField:
@@ -112,7 +111,7 @@ def write_dataset(root: Path, splits: dict[str, list[list[Sample]]], *, classes:
 
 def _record(root: Path, file: Path, samples: int) -> Shard:
     data = file.read_bytes()
-    head = HeaderType.itemsize + 3 * FieldDescType.itemsize + samples * METADATA_TYPE.itemsize
+    head = METADATA_START + samples * SAMPLE.itemsize
     return Shard(file=str(file.relative_to(root)), samples=samples, bytes=len(data),
                  sha256=hashlib.sha256(data).hexdigest(),
                  index_xxh3=index_digest(data[:head], data[-24 * samples:]))

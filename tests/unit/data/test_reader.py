@@ -11,18 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from resnet_dist.data.shards.ffcv_types import (
-    ALLOC_TABLE_TYPE,
-    FIELDS,
-    METADATA_TYPE,
-    FieldDescType,
-    HeaderType,
-)
+from resnet_dist.data.shards.beton import ALLOCATION, FIELD, FIELDS, HEADER, METADATA_START, SAMPLE
 from resnet_dist.data.shards.reader import DataError, ShardReader
 from tests.unit.data.samples import jpeg_sample, raw_sample, write_dataset
 
 SAMPLES = [(raw_sample if i % 3 == 0 else jpeg_sample)(i, i % 10, 40 + i, 50) for i in range(11)]
-FIXED = HeaderType.itemsize + len(FIELDS) * FieldDescType.itemsize
 
 
 @pytest.fixture(scope="module")
@@ -90,25 +83,25 @@ def put(dtype: np.dtype, at: int, **values: object):
 
 HUGE = 2**64 - 1
 LIES = {
-    "version": (put(HeaderType, 0, version=3), "format version 3"),
-    "fields": (put(HeaderType, 0, num_fields=2), "2 fields"),
-    "page size": (put(HeaderType, 0, page_size=12345), "page size"),
-    "samples": (put(HeaderType, 0, num_samples=5), "5 samples"),
-    "samples beyond memory": (put(HeaderType, 0, num_samples=HUGE), "samples"),
-    "table inside the header": (put(HeaderType, 0, alloc_table_ptr=8), "allocation table"),
-    "table beyond the file": (put(HeaderType, 0, alloc_table_ptr=HUGE), "allocation table"),
-    "field type": (put(FieldDescType, HeaderType.itemsize, type_id=5), "type 5"),
-    "image mode": (put(METADATA_TYPE, FIXED, f0__mode=7), "sample 0 has an unknown image mode"),
-    "no pixels": (put(METADATA_TYPE, FIXED, f0__width=0), "sample 0 has no pixels"),
-    "raw size": (put(METADATA_TYPE, FIXED, f0__height=41), "sample 0 is raw but not"),
-    "pointer": (put(METADATA_TYPE, FIXED, f0__data_ptr=HUGE - 3), "sample 0 points elsewhere"),
-    "label": (put(METADATA_TYPE, FIXED, f1=10), "sample 0 has a label outside 0..9"),
-    "negative label": (put(METADATA_TYPE, FIXED, f1=-1), "sample 0 has a label outside"),
-    "allocation outside": (put(ALLOC_TABLE_TYPE, -24, ptr=HUGE), "points outside the data"),
-    "allocation overflows": (put(ALLOC_TABLE_TYPE, -24, size=HUGE), "points outside the data"),
-    "allocation in the header": (put(ALLOC_TABLE_TYPE, -24, ptr=4), "points outside the data"),
-    "unknown sample": (put(ALLOC_TABLE_TYPE, -24, sample_id=9), "points outside the data"),
-    "sample twice": (put(ALLOC_TABLE_TYPE, -24, sample_id=0), "has no allocation"),
+    "version": (put(HEADER, 0, version=3), "format version 3"),
+    "fields": (put(HEADER, 0, num_fields=2), "2 fields"),
+    "page size": (put(HEADER, 0, page_size=12345), "page size"),
+    "samples": (put(HEADER, 0, num_samples=5), "5 samples"),
+    "samples beyond memory": (put(HEADER, 0, num_samples=HUGE), "samples"),
+    "table inside the header": (put(HEADER, 0, alloc_table_ptr=8), "allocation table"),
+    "table beyond the file": (put(HEADER, 0, alloc_table_ptr=HUGE), "allocation table"),
+    "field type": (put(FIELD, HEADER.itemsize, type_id=5), "type 5"),
+    "image mode": (put(SAMPLE, METADATA_START, f0__mode=7), "sample 0 has an unknown image mode"),
+    "no pixels": (put(SAMPLE, METADATA_START, f0__width=0), "sample 0 has no pixels"),
+    "raw size": (put(SAMPLE, METADATA_START, f0__height=41), "sample 0 is raw but not"),
+    "pointer": (put(SAMPLE, METADATA_START, f0__data_ptr=HUGE - 3), "sample 0 points elsewhere"),
+    "label": (put(SAMPLE, METADATA_START, f1=10), "sample 0 has a label outside 0..9"),
+    "negative label": (put(SAMPLE, METADATA_START, f1=-1), "sample 0 has a label outside"),
+    "allocation outside": (put(ALLOCATION, -24, ptr=HUGE), "points outside the data"),
+    "allocation overflows": (put(ALLOCATION, -24, size=HUGE), "points outside the data"),
+    "allocation in the header": (put(ALLOCATION, -24, ptr=4), "points outside the data"),
+    "unknown sample": (put(ALLOCATION, -24, sample_id=9), "points outside the data"),
+    "sample twice": (put(ALLOCATION, -24, sample_id=0), "has no allocation"),
     "cut": (lambda data: data.__delitem__(slice(-30, None)), "allocation table"),
     "cut in the header": (lambda data: data.__delitem__(slice(100, None)),
                           "ends inside its header"),
@@ -125,12 +118,12 @@ def test_a_shard_that_lies_is_refused_by_name(dataset, tmp_path, lie):
 
 def test_a_changed_label_is_noticed(dataset, tmp_path):
     with pytest.raises(DataError, match="labels or metadata are not those that were written"):
-        ShardReader(corrupted(dataset, tmp_path, put(METADATA_TYPE, FIXED, f1=3)), "train")
+        ShardReader(corrupted(dataset, tmp_path, put(SAMPLE, METADATA_START, f1=3)), "train")
 
 
 def test_overlapping_allocations_are_refused(dataset, tmp_path):
     def change(data: bytearray) -> None:
-        table = np.frombuffer(bytes(data[-4 * 24:]), ALLOC_TABLE_TYPE).copy()
+        table = np.frombuffer(bytes(data[-4 * 24:]), ALLOCATION).copy()
         table["size"][0] += 8
         data[-4 * 24:] = table.tobytes()
     with pytest.raises(DataError, match="overlap"):
@@ -181,22 +174,22 @@ def write_large(root: Path, samples: int, shards: int) -> None:
     per_shard = [len(part) for part in np.array_split(np.arange(samples), shards)]
     for index, count in enumerate(per_shard):
         stored = 110_000
-        first = -(-(FIXED + count * METADATA_TYPE.itemsize) // page) * page
+        first = -(-(METADATA_START + count * SAMPLE.itemsize) // page) * page
         per_page = page // stored
         number = np.arange(count)
         pointers = first + number // per_page * page + number % per_page * stored
         table_at = int(pointers[-1]) + stored
-        header = np.zeros(1, HeaderType)
+        header = np.zeros(1, HEADER)
         header["version"], header["num_fields"], header["page_size"] = 2, 3, page
         header["num_samples"], header["alloc_table_ptr"] = count, table_at
-        fields = np.zeros(3, FieldDescType)
+        fields = np.zeros(3, FIELD)
         for field, (name, type_id) in zip(fields, FIELDS, strict=True):
             field["type_id"] = type_id
             field["name"][:len(name)] = np.frombuffer(name.encode(), np.uint8)
-        metadata = np.zeros(count, METADATA_TYPE)
+        metadata = np.zeros(count, SAMPLE)
         metadata["f0"]["width"], metadata["f0"]["height"] = 500, 375
         metadata["f0"]["data_ptr"], metadata["f1"] = pointers, number % 1000
-        table = np.zeros(count, ALLOC_TABLE_TYPE)
+        table = np.zeros(count, ALLOCATION)
         table["sample_id"], table["ptr"], table["size"] = number, pointers, stored
         file = root / "train" / f"shard-{index:05d}.beton"
         with open(file, "wb") as stream:

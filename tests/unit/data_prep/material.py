@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from data_prep.convert import ConvertConfig, parse_convert_overrides
-from data_prep.shards import beton
+from resnet_dist.data.shards import beton
 from resnet_dist.data.shards.manifest import load_manifest
 
 
@@ -91,7 +91,8 @@ def read_back(dst: Path, split: str) -> list[tuple[int, np.ndarray]]:
     samples = []
     for shard in load_manifest(dst).splits[split].shards:
         data = (dst / shard.file).read_bytes()
-        index = beton.read_index(dst / shard.file)
+        with open(dst / shard.file, "rb") as file:
+            index = beton.read_index(file.fileno())
         for row, size in zip(index.samples, index.sizes, strict=True):
             at = int(row["f0"]["data_ptr"])
             stored = data[at:at + int(size)]

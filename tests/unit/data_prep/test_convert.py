@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 
 from data_prep.convert import ConvertError, convert
-from data_prep.shards import beton
 from data_prep.verify import verify
 from resnet_dist.config.schema import ConfigError
+from resnet_dist.data.shards import beton
 from resnet_dist.data.shards.manifest import load_manifest
 from tests.unit.data_prep.material import (
     file_bytes,
@@ -33,7 +33,7 @@ from tests.unit.data_prep.material import (
 FFCV_TYPES = """
 from ffcv import types
 from ffcv.fields import IntField, RGBImageField
-from data_prep.shards import beton
+from resnet_dist.data.shards import beton
 assert types.HeaderType == beton.HEADER
 assert types.FieldDescType == beton.FIELD
 assert types.ALLOC_TABLE_TYPE == beton.ALLOCATION
@@ -306,7 +306,8 @@ def test_a_flipped_label_is_noticed_when_the_data_set_is_opened(
     shutil.copytree(digits, copy)
     shard = copy / "train" / "shard-00000.beton"
     content = bytearray(shard.read_bytes())
-    first = beton.read_index(shard).samples[:1]
+    with open(shard, "rb") as file:
+        first = beton.read_index(file.fileno()).samples[:1]
     label_at = content.find(first.tobytes()) + first.dtype.fields["f1"][1]
     content[label_at] ^= 1
     shard.write_bytes(content)

@@ -11,6 +11,7 @@ import pytest
 
 from data_prep.convert import convert, parse_convert_overrides
 from data_prep.verify import verify
+from resnet_dist.data.shards.beton import read_index
 from resnet_dist.data.shards.manifest import load_manifest
 from tests.unit.data_prep.material import file_bytes, make_tree, picture
 
@@ -59,11 +60,10 @@ def test_any_flipped_bit_of_a_shard_is_found_and_its_shard_named(whole, tmp_path
 
 
 def test_a_flip_inside_a_sample_names_the_sample(whole, tmp_path):
-    from data_prep.shards.beton import read_index
-
     copy = shutil.copytree(whole, tmp_path / "copy")
     path = copy / load_manifest(copy).splits["train"].shards[1].file
-    index = read_index(path)
+    with open(path, "rb") as file:
+        index = read_index(file.fileno())
     for sample in (0, 3, 5):
         bit = 8 * (int(index.pointers[sample]) + int(index.sizes[sample]) // 2) + 3
         flip(path, bit)

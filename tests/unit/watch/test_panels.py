@@ -22,6 +22,7 @@ from resnet_dist.config.schema import Config, ConfigError
 from resnet_dist.data.augmentation.mix import draw, mixer
 from resnet_dist.data.loader import Batch
 from resnet_dist.data.shards.manifest import PILLOW_LETTERS, legible, load_manifest
+from resnet_dist.data.shards.sheet import CELL, contact_sheet
 from resnet_dist.engine.clock import Clock
 from resnet_dist.engine.core import Engine
 from resnet_dist.engine.ddp import make_engine
@@ -37,7 +38,6 @@ from resnet_dist.watch.gauges import Gauges
 from resnet_dist.watch.introduce import settings
 from resnet_dist.watch.metrics import Metrics
 from resnet_dist.watch.panels import Panels, seen_images, surest_mistakes
-from resnet_dist.watch.sheet import CELL, contact_sheet
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 CLASSES = tuple(f"class {number}" for number in range(10))

@@ -18,11 +18,11 @@ from PIL import Image, UnidentifiedImageError
 from data_prep.convert import ConvertError, convert
 from data_prep.encode import jpeg
 from data_prep.encode.images import Encoding, encode
-from data_prep.shards.beton import Damaged, read_index
 from data_prep.sources import tars
 from data_prep.sources.found import Unreadable
 from data_prep.verify import verify
 from resnet_dist.config.schema import ConfigError
+from resnet_dist.data.shards.beton import Damaged, read_index
 from resnet_dist.data.shards.manifest import load_manifest
 from tests.unit.data_prep.material import (
     file_bytes,
@@ -213,7 +213,8 @@ def test_mutated_shards_never_pass_and_never_crash(tmp_path):
             continue
         path.write_bytes(data)
         try:
-            index = read_index(path)
+            with open(path, "rb") as file:
+                index = read_index(file.fileno())
             assert (index.pointers + index.sizes <= len(data)).all()
         except Damaged:
             pass

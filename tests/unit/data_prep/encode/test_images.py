@@ -15,8 +15,8 @@ from PIL import Image
 from data_prep.encode import jpeg
 from data_prep.encode.images import Encoding, encode
 from data_prep.encode.jpeg import JpegError
-from data_prep.shards.beton import MODE_JPEG, MODE_RAW
 from data_prep.sources.found import Unreadable
+from resnet_dist.data.shards.beton import MODE_JPEG, MODE_RAW
 from tests.unit.data_prep.material import file_bytes, picture
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.shards.beton import MODE_RAW, USUAL_PAGE, Stored, read_index
-from data_prep.shards.write import write_shard
+from data_prep.shards.write import USUAL_PAGE, Stored, write_shard
+from resnet_dist.data.shards.beton import MODE_RAW, read_index
 from tests.unit.data_prep.material import resident
 
 
@@ -32,7 +32,8 @@ def test_the_file_is_what_is_told_of_it(tmp_path, samples):
     told = write_shard(path, samples)
     data = path.read_bytes()
     assert told[:2] == (len(data), hashlib.sha256(data).hexdigest())
-    index = read_index(path)
+    with open(path, "rb") as file:
+        index = read_index(file.fileno())
     for sample, pointer in zip(samples, index.pointers.tolist(), strict=True):
         assert data[pointer:pointer + len(sample.data)] == sample.data
     assert os.listdir(tmp_path) == ["shard.beton"]

@@ -1,8 +1,7 @@
-"""Pictures side by side, each with a few words: what a person looks at. NumPy in, JPEG out."""
+"""Pictures side by side, each with a few words: what a person looks at. Imports no torch."""
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 
@@ -10,38 +9,32 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 CELL, LINE = 112, 13  # pixels: side of a picture's place, height of a line of words
-_INK, _PAPER = (32, 32, 32), (250, 250, 250)
+INK, PAPER = (32, 32, 32), (250, 250, 250)
 _LETTERS = 18  # fit under a picture
 
 
 def contact_sheet(pictures: Sequence[np.ndarray], captions: Sequence[Sequence[str]],
-                  columns: int = 8) -> Image.Image:
+                  columns: int = 8, places: int = 0) -> Image.Image:
     """One row after another; every picture as large as its place allows, its lines below it.
 
     Args:
         pictures: uint8 RGB [h, w, 3] each, of any size.
         captions: the lines under each of them, in `PILLOW_LETTERS`.
+        places: how many there are at least, empty ones at the end.
     """
     lines = max((len(caption) for caption in captions), default=0)
     tall = CELL + LINE * lines + 3
-    columns = min(columns, len(pictures)) or 1
-    sheet = Image.new("RGB", (columns * CELL, math.ceil(len(pictures) / columns) * tall), _PAPER)
+    places = max(places, len(pictures), 1)
+    columns = min(columns, places)
+    sheet = Image.new("RGB", (columns * CELL, math.ceil(places / columns) * tall), PAPER)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
     for place, (pixels, caption) in enumerate(zip(pictures, captions, strict=True)):
         picture = _fitted(Image.fromarray(pixels), CELL - 4)
         x, y = place % columns * CELL, place // columns * tall
         sheet.paste(picture, (x + (CELL - picture.width) // 2, y + (CELL - picture.height) // 2))
         for number, text in enumerate(caption):
-            draw.text((x + 3, y + CELL - 1 + number * LINE), _short(text), _INK, font=font)
+            draw.text((x + 3, y + CELL + number * LINE), _short(text), INK, font=font)
     return sheet
-
-
-def encoded(sheet: Image.Image) -> bytes:
-    """JPEG: photographs as PNG would be ten times the size, and TensorBoard's writer checksums
-    every byte in Python (0.1 s a megabyte)."""
-    buffer = io.BytesIO()
-    sheet.save(buffer, "JPEG", quality=92, subsampling=0)
-    return buffer.getvalue()
 
 
 def _fitted(picture: Image.Image, side: int) -> Image.Image:
