@@ -20,6 +20,7 @@ import yaml
 
 from launcher.slurm.sbatch import gpus_per_node
 from launcher.slurm.scheduler import ask
+from launcher.watch.status import find_runs
 from resnet_dist.config.load import config_to_dict
 from resnet_dist.config.schema import Config
 from resnet_dist.data.shards.manifest import Manifest
@@ -149,10 +150,7 @@ def _quotas() -> list[tuple[str, int, int]]:
 
 def _measured(config: Config) -> tuple[float, str] | None:
     """From the newest earlier run that computed the same on the same kind of rank."""
-    folder = Path(config.runs)
-    if not folder.is_dir():
-        return None
-    logs = [RunPaths(entry) for entry in folder.iterdir() if (entry / "metrics.jsonl").is_file()]
+    logs = [run for run in find_runs(Path(config.runs)) if run.metrics.is_file()]
     logs.sort(key=lambda run: run.metrics.stat().st_mtime, reverse=True)
     wanted = _kind(config_to_dict(config))
     for run in logs[:_RUNS_LOOKED_AT]:

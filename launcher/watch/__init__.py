@@ -2,5 +2,5 @@
 
 In: run directories.
 Out: tables, lines, JSON (door: `status.statuses`).
-May import: frozen, journal, slurm, resnet_dist.config, resnet_dist.run.
+May import: frozen, journal, slurm, supervise, resnet_dist.config, resnet_dist.run.
 """

@@ -12,8 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from launcher.watch.status import RunStatus, statuses
-from resnet_dist.run.paths import RunPaths
+from launcher.watch.status import RunStatus, find_runs, statuses
 
 _REFRESH_S = 2.0
 _SILENT_S = 60.0
@@ -46,13 +45,6 @@ def show_status(console: Console, run: str | None, runs: Path, *, watch: bool,
     if run is not None and not as_json:
         _print_history(console, found[0])
     return int(run is not None and found[0].state == "failed")
-
-
-def find_runs(runs: Path) -> list[RunPaths]:
-    if not runs.is_dir():
-        return []
-    return [RunPaths(entry.absolute()) for entry in sorted(runs.iterdir())
-            if (entry / "config.yaml").is_file()]
 
 
 def _watch(console: Console, current: Any) -> list[RunStatus]:

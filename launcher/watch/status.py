@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -22,9 +23,10 @@ from launcher.slurm.scheduler import Queued, queue_states
 from resnet_dist.run.paths import RunPaths
 
 _TAIL_BYTES = 65_536
-_SILENT_START_S = 120.0
-_FAILED_STATES = ("FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE",
-                  "PREEMPTED", "COMPLETED")
+_SILENT_S = 120.0
+_FORGOTTEN = "FORGOTTEN"  # our own word for a job that neither squeue nor sacct knows
+_FAILED_STATES = (_FORGOTTEN, "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL",
+                  "DEADLINE", "PREEMPTED", "COMPLETED")
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class RunStatus:
     checkpoint_age_s: float | None = None
     restarts: int = 0
     redone_steps: int = 0
+    logs: str = ""  # folder of SLURM's own logs of the job
     worker_pids: tuple[int, ...] = ()  # of the current attempt on the leading node, by rank
     after: tuple[str, ...] = ()  # jobs that must end well before this run starts
     # Queued behind the run and still to come: job -> protocol. SLURM strikes out those it has lost.
@@ -60,6 +63,15 @@ class RunStatus:
 
     def as_json(self) -> dict[str, Any]:
         return {key: value for key, value in dataclasses.asdict(self).items() if key != "events"}
+
+
+def find_runs(folder: Path) -> list[RunPaths]:
+    """The runs in a folder by name; those that are closed to this user are left out."""
+    if not folder.is_dir():
+        return []
+    found = [RunPaths(entry.absolute()) for entry in sorted(folder.iterdir())]
+    return [run for run in found if os.access(run.config, os.R_OK)
+            and (os.access(run.jobs, os.R_OK) or not run.jobs.exists())]
 
 
 def run_status(run: RunPaths) -> RunStatus:
@@ -91,6 +103,7 @@ def run_status(run: RunPaths) -> RunStatus:
         checkpoint_age_s=max(0.0, time.time() - checkpoint.state.stat().st_mtime)
         if checkpoint else None,
         restarts=max(0, len(attempts) - submissions), redone_steps=redone_steps(events),
+        logs=facts.get("logs", str(run.submitit)),
         worker_pids=tuple(attempts[-1]["pids"]) if state == "running" and attempts else (),
         after=tuple(facts.get("after", ())) if state == "pending" else (),
         evaluations=_open_evaluations(events),
@@ -120,7 +133,7 @@ def _state(events: Sequence[Event], now: float) -> tuple[str, str]:
             cause = f"evaluation {event['protocol']}: {event['why']}"
     if state == "running" and supervisor and supervisor.alive() is False and where != "slurm":
         return "failed", "the supervisor is gone without a word (killed?); `resume` continues"
-    if state == "pending" and where == "local" and now - since > _SILENT_START_S:
+    if state == "pending" and where == "local" and now - since > _SILENT_S:
         return "failed", "the job never started; see submitit/local.log in the run directory"
     return state, cause
 
@@ -182,10 +195,20 @@ def statuses(runs: Sequence[RunPaths]) -> tuple[list[RunStatus], str]:
         # A job that has ended wrote its last words before, but maybe after its files were read.
         found = [run_status(run) if any(_ended(queue, job) for job in _asked_for(status))
                  else status for run, status in zip(runs, found, strict=True)]
+        queue |= {status.job: Queued(_FORGOTTEN, "", "") for run, status
+                  in zip(runs, found, strict=True) if status.where == "slurm" and status.job
+                  and status.job not in queue and not status.over and _silent(run, status)}
         found = [with_queue(status, queue.get(status.job), queue)
                  if status.where == "slurm" else status for status in found]
     found.sort(key=lambda status: status.events[-1]["time"] if status.events else 0, reverse=True)
     return found, note
+
+
+def _silent(run: RunPaths, status: RunStatus) -> bool:
+    """Whether a run of this user has given no sign of life for a while. Of others' jobs, and of
+    those of another cluster that shares the folder, SLURM may know nothing while they run."""
+    signs = [status.events[-1]["time"], *(beat.stat().st_mtime for beat in run.heartbeats.glob("*"))]
+    return run.root.stat().st_uid == os.getuid() and time.time() - max(signs) > _SILENT_S
 
 
 def _asked_for(status: RunStatus) -> list[str]:
@@ -229,7 +252,7 @@ def with_queue(status: RunStatus, queued: Queued | None,
                                    worker_pids=())
     if state in _FAILED_STATES:
         return dataclasses.replace(status, state="failed", worker_pids=(),
-                                   cause=cause or f"SLURM: {state}; see {_logs(status)}/*.err")
+                                   cause=cause or _last_words(status, state))
     return status
 
 
@@ -266,10 +289,17 @@ def _with_evaluations(status: RunStatus, others: Mapping[str, Queued]) -> RunSta
     return dataclasses.replace(status, evaluations=coming, cause="; ".join(told))
 
 
-def _logs(status: RunStatus) -> str:
-    """Where SLURM's own log of the run's job is."""
-    return next((event["logs"] for event in reversed(status.events) if "logs" in event),
-                "submitit")
+def _last_words(status: RunStatus, state: str) -> str:
+    """What a job that ended without a word in its events has said last, and where it stands."""
+    from launcher.supervise.workers import last_error  # imported where something went wrong alone
+
+    said = "SLURM no longer knows the job" if state == _FORGOTTEN else f"SLURM: {state}"
+    logs = sorted(Path(status.logs).glob(f"{status.job}_*.err"), key=os.path.getmtime)
+    lines = logs[-1].read_text(errors="replace").splitlines() if logs else []
+    # srun tells after the reason that a task has ended.
+    reason = last_error([line for line in lines if ": Exited with exit code" not in line])
+    reason = reason or "no word of it, as where launch.setup or launch.modules end the shell"
+    return f"{said}: {reason}; see {status.logs}/{status.job}_*.err"
 
 
 def _count(nodes: int | list[str]) -> int:

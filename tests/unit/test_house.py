@@ -54,7 +54,7 @@ ARROWS = {
     "launcher.frozen": "journal resnet_dist.config resnet_dist.data.shards resnet_dist.run",
     "launcher.slurm": "frozen resnet_dist.config resnet_dist.run",
     "launcher.supervise": "journal slurm resnet_dist.config resnet_dist.run",
-    "launcher.watch": "frozen journal slurm resnet_dist.config resnet_dist.run",
+    "launcher.watch": "frozen journal slurm supervise resnet_dist.config resnet_dist.run",
     "launcher.job": "frozen journal slurm supervise resnet_dist.config resnet_dist.run",
     "launcher.submission": "frozen job journal slurm supervise watch data_prep.convert "
                            "data_prep.slurm resnet_dist.config resnet_dist.data.shards "

@@ -165,9 +165,61 @@ def test_slurm_corrects_what_the_files_say(tmp_path):
     assert (waiting.state, waiting.cause) == ("requeued", "Resources")
     assert with_queue(status, Queued("CANCELLED by 0", "", "")).state == "stopped"
     failed = with_queue(status, Queued("OUT_OF_MEMORY", "", ""))
-    assert (failed.state, failed.cause) == ("failed",
-                                            "SLURM: OUT_OF_MEMORY; see submitit/*.err")
+    assert failed.state == "failed"
+    assert failed.cause.startswith("SLURM: OUT_OF_MEMORY: no word of it")
+    assert failed.cause.endswith(f"see {tmp_path}/run/submitit/77_*.err")
     assert with_queue(status, Queued("RUNNING", "", "n1")) == status
+
+
+@pytest.mark.parametrize(("said", "reason"), [
+    ("ModuleNotFoundError: No module named 'launcher'\nsrun: error: n1: task 0: Exited with exit "
+     "code 1\n", "ModuleNotFoundError: No module named 'launcher'"),
+    ("srun: error: Unable to create step: Invalid account\n",
+     "srun: error: Unable to create step: Invalid account")])
+def test_the_reason_of_a_job_without_last_words_is_quoted(tmp_path, said, reason):
+    run = trained(tmp_path / "run")
+    run.submitit.mkdir()
+    (run.submitit / "77_0_log.err").write_text(said)
+    told = with_queue(run_status(run), Queued("FAILED", "", "")).cause
+    assert told == f"SLURM: FAILED: {reason}; see {run.submitit}/77_*.err"
+
+
+@pytest.mark.parametrize(("age_s", "owner", "state"), [
+    (600, 0, "failed"), (10, 0, "running"), (600, 12345, "running")])
+def test_a_job_that_slurm_has_forgotten_is_over_where_the_run_is_silent(
+        tmp_path, monkeypatch, age_s, owner, state):
+    """Without sacct nobody else says that it died; of others' jobs SLURM tells us nothing."""
+    run = trained(tmp_path / "run")
+    before = time.time() - age_s
+    run.jobs.write_text("".join(json.dumps({**event, "time": before}) + "\n"
+                                for event in read_events(run)))
+    os.utime(run.heartbeat(0), (before, before))
+    if owner and os.getuid() == 0:
+        os.chown(run.root, owner, owner)
+    monkeypatch.setattr("launcher.watch.status.queue_states", lambda jobs: {})
+    (status,), note = statuses([run])
+    assert (status.state, note) == (state if os.getuid() == 0 or not owner else "failed", "")
+    assert ("SLURM no longer knows the job" in status.cause) == (status.state == "failed")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="becomes another user")
+def test_a_colleagues_closed_run_is_left_out(tmp_path):
+    trained(tmp_path / "mine").root.chmod(0o755)
+    (tmp_path / "mine" / "jobs.jsonl").chmod(0o644)
+    trained(tmp_path / "closed")
+    trained(tmp_path / "half").root.chmod(0o755)  # its events are 0600
+    for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        folder.chmod(0o755)  # pytest's own are 0700
+    code = ("import os, sys; from pathlib import Path; "
+            "from launcher.submission.costs import _measured; "
+            "from launcher.watch.status import find_runs, statuses; "
+            "from resnet_dist.config.load import config_from_dict; os.setuid(65534); "
+            "runs = Path(sys.argv[1]); print([run.name for run in find_runs(runs)]); "
+            "_measured(config_from_dict({'name': 'x', 'runs': str(runs)}))")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True,
+                          text=True)
+    assert done.stdout == "['mine']\n", done.stderr
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_column_that_was_promised_is_there(tmp_path, monkeypatch):
