@@ -72,22 +72,19 @@ has_python_headers() {
 assert (pathlib.Path(sysconfig.get_path("include")) / "Python.h").exists()' 2>/dev/null
 }
 
-apt_install() {
-    local sudo=() guard=/usr/sbin/policy-rc.d made_guard=""
+apt_install() (  # a shell of its own, whose end, by Ctrl-C too, takes the guard away
+    sudo=() guard=/usr/sbin/policy-rc.d
     [ "$(id -u)" = 0 ] || sudo=(sudo -n)
     # Daemons that come with the packages must not start by themselves; the tests start their own.
     if [ ! -e "$guard" ]; then
+        trap '"${sudo[@]}" rm -f "$guard"' EXIT
         printf '#!/bin/sh\nexit 101\n' | "${sudo[@]}" tee "$guard" >/dev/null
         "${sudo[@]}" chmod 755 "$guard"
-        made_guard=1
     fi
-    local status=0
-    { "${sudo[@]}" apt-get update -qq &&
-      "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y \
-          --no-install-recommends "$@" >/dev/null; } || status=$?
-    [ -z "$made_guard" ] || "${sudo[@]}" rm -f "$guard"
-    return "$status"
-}
+    "${sudo[@]}" apt-get update -qq
+    "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y \
+        --no-install-recommends "$@" >/dev/null
+)
 
 # -- Without root ----------------------------------------------------------------------------------
 

@@ -306,8 +306,9 @@ class Heart:
 def main(arguments: list[str]) -> NoReturn:
     """Run one rank on the run directory in `arguments`, and end the process."""
     rank = int(os.environ.get("RANK", 0))
+    logging.Formatter.converter = time.gmtime  # nodes may disagree about local time
     logging.basicConfig(level=logging.INFO, stream=sys.stderr,
-                        format=f"%(asctime)s rank {rank} %(levelname)s: %(message)s")
+                        format=f"%(asctime)sZ rank {rank} %(levelname)s: %(message)s")
     # torch 2.13 renames arguments that 2.11 does not know yet; nothing a user could act on.
     warnings.simplefilter("ignore", FutureWarning)
     run = RunPaths(Path(arguments[0]).absolute())

@@ -16,7 +16,7 @@ set -euo pipefail
 PACKAGES=(slurm-wlm slurmdbd slurm-wlm-mysql-plugin munge mariadb-server)
 NODES=(n1 n2 n3 n4)
 CPUS_PER_NODE=2
-PREFIX=${XDG_RUNTIME_DIR:-/tmp}/resnet-dist-slurm-$(id -u)
+PREFIX=/var/lib/resnet-dist-slurm  # not in /tmp, where others could lay links before
 INSTALL=no
 PURGE=no
 export PATH="$PATH:/usr/sbin:/sbin"
@@ -57,6 +57,8 @@ up() {
         "run it as root (tests that need SLURM skip otherwise)"
     need_packages
     mkdir -p "$PREFIX"
+    [ -z "$(find "$PREFIX" -maxdepth 0 \( -not -user 0 -o -perm /022 -o -type l \))" ] ||
+        CODE=2 die "--prefix $PREFIX: must be a folder that root alone may write to"
     exec 9>"$PREFIX/lock"
     flock -w 120 9 || die "up: another up or down of $PREFIX has been running for two minutes"
     if is_up; then say "already up; eval \"\$($0 env --prefix $PREFIX)\""; return; fi

@@ -22,5 +22,5 @@ Run = Annotated[str, typer.Argument(metavar="RUN", help="a run's name under --ru
                                     autocompletion=completion.run_names)]
 Runs = Annotated[str, typer.Option("--runs", help="folder that holds the run directories")]
 Allow = Annotated[str, typer.Option("--allow", metavar="KIND[,KIND]", help=(
-    "go on though config, code or data is not what the run recorded"))]
+    "go on though config, code, data or (resume) schedule is not what the run recorded"))]
 Json = Annotated[bool, typer.Option("--json", help="print JSON for a script")]

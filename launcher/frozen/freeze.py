@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from launcher.frozen.source import freeze_code
+from launcher.frozen.source import freeze_code, share_code
 from resnet_dist.config.load import config_to_dict, dump_config, flat
 from resnet_dist.config.rules import NAME_PATTERN
 from resnet_dist.config.schema import Config, ConfigError
@@ -33,13 +33,14 @@ PACKAGES = ("resnet-dist", "torch", "deepspeed", "ffcv", "submitit", "numpy", "n
 
 
 def create_run(config: Config, *, origin: dict[str, Any] | None = None,
-               dataset_follows: bool = False) -> RunPaths:
+               dataset_follows: bool = False, like: RunPaths | None = None) -> RunPaths:
     """Make and fill the run directory. Raises: ConfigError where the name is taken.
 
     Args:
         origin: what else provenance.json should tell, e.g. the sweep that the run belongs to.
         dataset_follows: a conversion that is queued before the run makes the data set; the job
             then looks at it and completes provenance.json.
+        like: a run of the same sweep, just made: the code is the same.
     """
     manifest = None if dataset_follows else check_dataset(config)
     refuse_taken(config)
@@ -54,9 +55,11 @@ def create_run(config: Config, *, origin: dict[str, Any] | None = None,
         for folder in (run.checkpoints, run.logs, run.heartbeats, run.tensorboard):
             folder.mkdir()
         write_atomically(run.config, dump_config(config))
-        told = provenance(manifest) | {"code": {"sha256": freeze_code(run)},
-                                       "config": config_to_dict(config), **(origin or {})}
-        write_provenance(run, told)
+        if like:
+            share_code(run, like)
+        told = read_provenance(like) if like else \
+            provenance(manifest) | {"code": {"sha256": freeze_code(run)}}
+        write_provenance(run, told | {"config": config_to_dict(config), **(origin or {})})
     except BaseException:
         shutil.rmtree(run.root)
         raise

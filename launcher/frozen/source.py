@@ -49,6 +49,17 @@ def freeze_code(run: RunPaths) -> str:
     return _fingerprint(iter(copied))
 
 
+def share_code(run: RunPaths, other: RunPaths) -> None:
+    """Give the run the copy that another has, as links to its files where the disk has links."""
+    def link(source: str, target: str) -> None:
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copy2(source, target)
+
+    shutil.copytree(other.code, run.code, copy_function=link)
+
+
 def frozen_environment(run: RunPaths) -> dict[str, str]:
     """What makes Python import the run's copy: before the installed package and instead of the
     folder in which a job happens to start."""

@@ -60,8 +60,8 @@ def partitions() -> dict[str, Partition] | None:
     return found
 
 
-def cluster_problems(config: Config) -> list[str]:
-    """Why SLURM would not start this job, as far as it can be asked."""
+def cluster_problems(config: Config, runs: int = 1) -> list[str]:
+    """Why SLURM would not start this job, or an array of so many, as far as it can be asked."""
     known = partitions()
     if known is None:
         return []
@@ -78,7 +78,13 @@ def cluster_problems(config: Config) -> list[str]:
         chosen = [known[name] for name in wanted.split(",")]  # SLURM takes whichever starts first
     found = [[*_partition_problems(config, each), *_node_problems(config, each, known)]
              for each in chosen]
-    return [*min(found, key=len), *_account_problems(config)]
+    settings = ask(["scontrol", "show", "config"], _PATIENCE_S) or ""
+    said = dict(re.findall(r"^(\w+)\s*=\s*(\S*)", settings, re.M))
+    most = int(said.get("MaxArraySize", 0))
+    too_many = [f"--sweep: makes {runs} runs, and the cluster takes arrays of at most {most}; "
+                "submit parts of it"] if runs > most > 0 else []
+    return [*min(found, key=len), *too_many,
+            *_account_problems(config, said.get("AccountingStorageEnforce", ""))]
 
 
 def unasked_gpus(config: Config) -> str:
@@ -152,12 +158,10 @@ def _node_problems(config: Config, chosen: Partition, known: dict[str, Partition
                "the same run goes on fewer nodes, with more ranks a node or alone")
 
 
-def _account_problems(config: Config) -> Iterator[str]:
+def _account_problems(config: Config, enforce: str) -> Iterator[str]:
     """Only where SLURM enforces associations: elsewhere it takes any name."""
     launch = config.launch
-    settings = ask(["scontrol", "show", "config"], _PATIENCE_S) or ""
-    found = re.search(r"^AccountingStorageEnforce\s*=\s*(\S+)", settings, re.M)
-    enforced = set(found[1].split(",")) if found else set()
+    enforced = set(enforce.split(","))
     if not enforced & {"associations", "limits", "qos", "safe", "all"}:
         return
     text = ask(["sacctmgr", "--noheader", "--parsable2", "show", "associations",

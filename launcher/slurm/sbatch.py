@@ -70,6 +70,18 @@ def sbatch_parameters(config: Config, where: Path | None = None, *, code: str = 
     return {key: value for key, value in parameters.items() if value is not None}
 
 
+def refuse_inherited() -> None:
+    """Raises: ConfigError where a variable of the shell would overrule what the job is told."""
+    keys = {"ACCOUNT": "account", "CONSTRAINT": "constraint", "PARTITION": "partition",
+            "QOS": "qos", "TIMELIMIT": "time_minutes"}
+    for name, value in os.environ.items():
+        if name.startswith("SBATCH_"):
+            word = name.removeprefix("SBATCH_")
+            key = f"launch.{keys[word]}" if word in keys else "launch.options"
+            raise ConfigError(f"{name} = {value}: sbatch would obey it and not the configuration; "
+                              f"`unset {name}`, and say what you mean with {key}")
+
+
 def environment_lines(launch: LaunchConfig) -> list[str]:
     """Shell lines that make a node ready, in the order in which the fields stand."""
     lines = [_MODULE] if launch.modules else []
@@ -99,6 +111,7 @@ def executor(config: Config, folder: Path, where: Path | None = None, *, code: s
     """submitit's SLURM executor, told everything: see `sbatch_parameters`. Raises: ConfigError."""
     import submitit
 
+    refuse_inherited()
     made = submitit.AutoExecutor(folder=folder, cluster="slurm",
                                  slurm_python=python_command(config, where))
     made.update_parameters(**sbatch_parameters(config, where, code=code, after=after,

@@ -138,6 +138,8 @@ def _refusal(command: list[str]) -> str | None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=15,
                               stdin=subprocess.DEVNULL)
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired as error:
+        return f"no answer within {error.timeout:.0f} s"
+    except OSError as error:
         return str(error)
     return None if done.returncode == 0 else (done.stderr.strip() or f"exit {done.returncode}")

@@ -108,7 +108,8 @@ def submit_order(order: Order) -> list[Submitted]:
         for values, config in members:
             origin = {"sweep": {**identity, "values": values}} if order.sweep else {}
             runs.append(create_run(config, origin=origin,
-                                   dataset_follows=order.convert is not None))
+                                   dataset_follows=order.convert is not None,
+                                   like=runs[0] if runs else None))
         if order.convert is not None:
             conversion = _queue_conversion(order.convert, first, _convert_options(order), runs[0])
             for run in runs:
@@ -122,10 +123,16 @@ def submit_order(order: Order) -> list[Submitted]:
         for run in runs:
             shutil.rmtree(run.root)
         raise
-    return [Submitted(run, job, tuple(queue_evaluation(config, run, EvalJob(str(run.root), each),
-                                                       job) for each in order.evaluate), conversion,
-                      cost.note)
-            for (_, config), run, job in zip(members, runs, jobs, strict=True)]
+    try:
+        return [Submitted(run, job, tuple(queue_evaluation(config, run,
+                                                           EvalJob(str(run.root), each), job)
+                                          for each in order.evaluate), conversion, cost.note)
+                for (_, config), run, job in zip(members, runs, jobs, strict=True)]
+    except ConfigError as error:
+        queued = ", ".join(f"{run.name} as job {job}" for run, job in zip(runs, jobs, strict=True))
+        raise ConfigError(f"--eval = {', '.join(order.evaluate)}: {error}\nthe training is queued: "
+                          f"{queued}; `resnet-dist eval RUN` evaluates it, `resnet-dist stop RUN` "
+                          "takes it back") from None
 
 
 def plan_order(order: Order) -> Plan:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Collection
 
 from launcher.frozen.freeze import renew_code, rewrite_config
@@ -15,6 +18,7 @@ from launcher.submission.submit import submit
 from launcher.watch.status import RunStatus, statuses
 from resnet_dist.config.load import (
     config_from_dict,
+    config_to_dict,
     flat,
     load_frozen,
     parse_overrides,
@@ -73,7 +77,8 @@ def resume(run: RunPaths, overrides: list[str], *, local: bool, code: str = "fro
 
     Args:
         code: "frozen": what the run was submitted with; "current": what is installed now.
-        allow: kinds of difference to what the run was, e.g. an edited config.yaml, to go on with.
+        allow: kinds of difference to what the run was, e.g. an edited config.yaml, to go on with;
+            "schedule": that other steps change the learning rate from here on.
 
     Raises: ConfigError.
     """
@@ -93,6 +98,12 @@ def resume(run: RunPaths, overrides: list[str], *, local: bool, code: str = "fro
         config = dataclasses.replace(config, data=dataclasses.replace(
             config.data, path=os.path.abspath(str(config.data.path))))
         check_dataset(config)
+    if jump := _rate_jump(frozen, config, done):
+        if "schedule" not in allow:
+            raise ConfigError(f"steps = {config.steps}: {jump}; go on with it: --allow schedule, "
+                              "or start another run with name=OTHER init_from=WEIGHTS")
+        record(run, "allowed", kind="schedule", differences=[jump])
+    allow = [kind for kind in allow if kind != "schedule"]
     check_identity(run, dataclasses.replace(frozen, data=config.data),
                    [*allow, *(["code"] if code == "current" else [])])
     if config != frozen:
@@ -101,6 +112,27 @@ def resume(run: RunPaths, overrides: list[str], *, local: bool, code: str = "fro
         before, after = renew_code(run)
         record(run, "code", before=before, after=after)
     return submit(config, run, local=local or status.where == "local")
+
+
+def _rate_jump(before: Config, after: Config, step: int) -> str:
+    """How other `steps` change the learning rate at `step`, in words; "" where they do not.
+
+    The schedule is asked in a process that may import torch.
+    """
+    if before.steps == after.steps or before.schedule.name not in ("cosine", "linear", "one_cycle"):
+        return ""
+    code = ("import json, sys; from resnet_dist.config.load import config_from_dict; "
+            "from resnet_dist.engine.optim import lr_at; "
+            "both = [config_from_dict(tree) for tree in json.load(sys.stdin)]; "
+            f"print(*(lr_at(c.schedule, c.optimizer.lr, {step}, c.steps) for c in both))")
+    done = subprocess.run([sys.executable, "-c", code], text=True, check=True,
+                          input=json.dumps([config_to_dict(before), config_to_dict(after)]),
+                          stdout=subprocess.PIPE)
+    old, new = map(float, done.stdout.split())
+    if old == new:
+        return ""
+    return (f"schedule.name = {after.schedule.name} has the rate {new:.3g} at step {step}, where "
+            f"{before.steps} steps have {old:.3g}")
 
 
 def _asked(run: RunPaths) -> RunStatus:

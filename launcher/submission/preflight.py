@@ -19,10 +19,10 @@ from rich.console import Console
 
 from launcher.frozen.freeze import anchored, refuse_taken
 from launcher.slurm.cluster import cluster_problems, unasked_gpus
-from launcher.slurm.sbatch import batch_script, python_command
+from launcher.slurm.sbatch import batch_script, python_command, refuse_inherited
 from launcher.slurm.scheduler import have_slurm
 from launcher.submission.costs import Estimate, estimate, size
-from launcher.submission.submit import one_machine_problems
+from launcher.submission.submit import one_machine_problems, outside_any_job
 from resnet_dist.config.load import config_to_dict, dump_config
 from resnet_dist.config.schema import Config, ConfigError
 from resnet_dist.data.shards.manifest import check_dataset
@@ -42,7 +42,7 @@ def check(config: Config, *, local: bool, dataset: bool = True, runs: int = 1,
     manifest = check_dataset(config) if dataset else None
     refuse_taken(config)
     slurm = have_slurm() and not local
-    problems = _job_problems(config, cluster) if slurm else one_machine_problems(config)
+    problems = _job_problems(config, cluster, runs) if slurm else one_machine_problems(config)
     cost = estimate(config, manifest)
     if cost.disk_bytes * runs > cost.free_bytes:
         problems.append(
@@ -55,9 +55,10 @@ def check(config: Config, *, local: bool, dataset: bool = True, runs: int = 1,
     return replace(cost, note=unasked_gpus(config)) if slurm and cluster else cost
 
 
-def _job_problems(config: Config, cluster: bool) -> list[str]:
+def _job_problems(config: Config, cluster: bool, runs: int) -> list[str]:
     python_command(config, None)  # a container that is not there
-    return cluster_problems(config) if cluster else []
+    refuse_inherited()
+    return cluster_problems(config, runs) if cluster else []
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def _title(console: Console, text: str) -> None:
 
 def _asked_slurm(script: str) -> str:
     """`sbatch --test-only`: when the job would start. Raises: ConfigError with SLURM's refusal."""
-    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
+    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file, outside_any_job():
         file.write(script)
         file.flush()
         try:

@@ -39,8 +39,9 @@ def submit(config: Config, run: RunPaths, *, local: bool = False,
     announce(config, run, where="local" if local else "slurm", after=after)
     try:
         job = _start_detached(run) if local else queue(config, run, TrainJob(str(run.root)), after)
-    except Exception as error:
-        record(run, "failed", cause=f"not submitted: {' '.join(str(error).split())[:300]}", step=0)
+    except BaseException as error:  # Ctrl-C while sbatch waits for its controller, too
+        reason = " ".join(str(error).split())[:300] or "interrupted"
+        record(run, "failed", cause=f"not submitted: {reason}", step=0)
         raise
     record(run, "queued", job=job)
     return job
@@ -84,6 +85,17 @@ def queue(config: Config, run: RunPaths, job: TrainJob, after: Sequence[str] = (
 
 
 @contextmanager
+def outside_any_job() -> Iterator[None]:
+    """A job that is submitted inside takes over nothing of a job that submits it."""
+    from submitit.helpers import clean_env
+
+    conf = os.environ.get("SLURM_CONF")
+    with clean_env():
+        os.environ |= {"SLURM_CONF": conf} if conf else {}
+        yield
+
+
+@contextmanager
 def handed_to_slurm() -> Iterator[None]:
     """What is submitted inside has private pickles and logs, and a refusal is the user's message.
 
@@ -93,10 +105,11 @@ def handed_to_slurm() -> Iterator[None]:
 
     before = os.umask(0o077)
     try:
-        yield
+        with outside_any_job():
+            yield
     except (FailedJobError, FailedSubmissionError, OSError, subprocess.SubprocessError) as error:
         lines = [line.strip() for line in str(error).splitlines() if "sbatch" in line.lower()]
-        reason = lines[-1] if lines else " ".join(str(error).split())[:300]
+        reason = lines[-1] if lines else " ".join(str(error).split())[:300] or "no reason given"
         raise ConfigError(f"launch.* : SLURM refused the job ({reason}); `sinfo` lists partitions "
                           "and their limits, `--local` runs here") from None
     finally:

@@ -35,7 +35,7 @@ START_S = 180.0  # a rank that has not made a sign of life yet may be importing 
 # below FLOOR_S. `hang_s` bounds both.
 PAUSES, FLOOR_S, KNOWN_BEATS = 10.0, 60.0, 20
 _ERROR_LINE = re.compile(r"[\w.]*(Error|Exception|Interrupt|Exit|Diverged|Warning)\b")
-_LOG_PREFIX = re.compile(r"^[-\d]{10} [\d:,.]+ rank \d+( [A-Z]+)?: ")
+_LOG_PREFIX = re.compile(r"^[-\d]{10} [\d:,.]+Z? rank \d+( [A-Z]+)?: ")
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _PR_SET_PDEATHSIG = 1
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import re
 import time
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
@@ -24,9 +23,9 @@ from resnet_dist.config.schema import ConfigError
 from resnet_dist.run.paths import RunPaths
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
-_STAMP = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)[.,](\d+)(?: rank \d+)?(?: ([A-Z]+))?:? ?")
+_STAMP = re.compile(r"([-\d]{10} [\d:]{8})[.,](\d+)(Z?)(?: rank \d+)?(?: ([A-Z]+))?:? ?")
 _AGE = re.compile(r"(\d+)\s*([smhd])")
-_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 _COLOURS = {"WARNING": "yellow", "ERROR": "red", "CRITICAL": "bold red"}
 _POLL_S = 0.5
 
@@ -37,14 +36,14 @@ class Wanted:
 
     ranks: tuple[int, ...] | None = None
     pattern: re.Pattern[str] | None = None
-    since: str = ""  # a stamp
+    since: float = 0.0  # seconds since 1970
     level: str | None = None  # at least
     attempt: int | None = None
 
 
 @dataclass
 class Entry:
-    stamp: str  # "2026-11-21 11:30:30.123"; "" before the first stamp of a file
+    time: float  # seconds since 1970; 0 before the first stamp of a file
     rank: int
     level: str
     lines: list[str] = field(default_factory=list)
@@ -60,22 +59,19 @@ def wanted(ranks: Sequence[int] = (), grep: str | None = None, since: str | None
     except re.error as error:
         raise ConfigError(f"--grep = {grep}: not a regular expression ({error}); escape "
                           "special characters with \\") from None
-    return Wanted(tuple(ranks) or None, pattern, _moment(since) if since else "",
+    return Wanted(tuple(ranks) or None, pattern, _moment(since) if since else 0.0,
                   level.upper() if level else None, attempt)
 
 
-def _moment(since: str) -> str:
-    """`10m`, `2h`, `1d`, or a date with or without a time -> a stamp."""
-    age = _AGE.fullmatch(since.strip())
-    if age:
-        moment = datetime.now() - timedelta(**{_UNITS[age[2]]: int(age[1])})
-    else:
-        try:
-            moment = datetime.fromisoformat(since)
-        except ValueError:
-            raise ConfigError(f"--since = {since}: write an age as 30s, 10m, 2h or 1d, or a moment "
-                              "as '2026-11-21 11:30'") from None
-    return moment.strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
+def _moment(since: str) -> float:
+    """`10m`, `2h`, `1d`, or a date with or without a time and an offset -> seconds since 1970."""
+    if age := _AGE.fullmatch(since.strip()):
+        return time.time() - int(age[1]) * _UNITS_S[age[2]]
+    try:
+        return datetime.fromisoformat(since).timestamp()
+    except ValueError:
+        raise ConfigError(f"--since = {since}: write an age as 30s, 10m, 2h or 1d, or a moment "
+                          "as '2026-11-21 11:30'") from None
 
 
 def print_logs(console: Console, run: RunPaths, asked: Wanted = Wanted(), *,
@@ -105,8 +101,8 @@ def print_logs(console: Console, run: RunPaths, asked: Wanted = Wanted(), *,
             spans = _attempts(run)
             entries = [entry for file in _files(run, asked)
                        for entry in tails.setdefault(file, _Tail(file)).read()]
-            for entry in sorted(entries, key=lambda entry: entry.stamp):
-                number = _attempt_at(spans, entry.stamp)
+            for entry in sorted(entries, key=lambda entry: entry.time):
+                number = _attempt_at(spans, entry.time)
                 if _shown(entry, asked, number):
                     _print(console, entry, number, as_json)
             if not follow or over:
@@ -127,12 +123,12 @@ class _Tail:
 
     def __init__(self, file: Path) -> None:
         self._file, self._offset = file, 0
-        self._last = Entry("", int(file.stem.removeprefix("rank_")), "INFO")
+        self._last = Entry(0.0, int(file.stem.removeprefix("rank_")), "INFO")
 
     def read(self) -> list[Entry]:
         """The entries of all whole lines since the last call.
 
-        Lines that continue an entry which was returned before come as one of its stamp and level.
+        Lines that continue an entry which was returned before come as one of its time and level.
         """
         with open(self._file, "rb") as handle:
             handle.seek(self._offset)
@@ -140,42 +136,42 @@ class _Tail:
         end = data.rfind(b"\n") + 1
         self._offset += end
         last = self._last
-        entries = [Entry(last.stamp, last.rank, last.level)]
+        entries = [Entry(last.time, last.rank, last.level)]
         for text in data[:end].decode(errors="replace").splitlines():
             found = _STAMP.match(text)
             if found:
-                level = found[3] if found[3] in LEVELS else "INFO"
-                entries.append(Entry(f"{found[1]}.{found[2]}", last.rank, level))
+                # Without a Z, as earlier versions wrote it, it is the local time of a node.
+                moment = datetime.fromisoformat(f"{found[1]}.{found[2]}{found[3]}")
+                level = found[4] if found[4] in LEVELS else "INFO"
+                entries.append(Entry(moment.timestamp(), last.rank, level))
             entries[-1].lines.append(text)
         self._last = entries[-1]
         return [entry for entry in entries if entry.lines]
 
 
 def _shown(entry: Entry, asked: Wanted, attempt: int | None) -> bool:
-    return (entry.stamp >= asked.since
+    return (entry.time >= asked.since
             and (asked.level is None or LEVELS.index(entry.level) >= LEVELS.index(asked.level))
             and (asked.attempt is None or attempt == asked.attempt)
             and (asked.pattern is None or any(asked.pattern.search(line) for line in entry.lines)))
 
 
-def _attempts(run: RunPaths) -> dict[int, str]:
-    """Stamp at which the workers of every attempt were started."""
-    return {event["attempt"]:
-            datetime.fromtimestamp(event["time"]).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
-            for event in read_events(run) if event["event"] == "attempt"}
+def _attempts(run: RunPaths) -> dict[int, float]:
+    """When the workers of every attempt were started."""
+    return {event["attempt"]: event["time"] for event in read_events(run)
+            if event["event"] == "attempt"}
 
 
-def _attempt_at(spans: dict[int, str], stamp: str) -> int | None:
-    """The attempt whose workers ran at `stamp`; None before the first."""
-    numbers = sorted(spans)
-    place = bisect_right([spans[number] for number in numbers], stamp)
-    return numbers[place - 1] if place else None
+def _attempt_at(spans: dict[int, float], moment: float) -> int | None:
+    """The attempt whose workers ran then; None before the first."""
+    return max((number for number, began in spans.items() if began <= moment), default=None)
 
 
 def _print(console: Console, entry: Entry, attempt: int | None, as_json: bool) -> None:
     if as_json:
+        moment = datetime.fromtimestamp(entry.time, UTC).isoformat(" ", "milliseconds")
         console.file.write(json.dumps({
-            "time": entry.stamp, "rank": entry.rank, "attempt": attempt, "level": entry.level,
+            "time": moment, "rank": entry.rank, "attempt": attempt, "level": entry.level,
             "text": "\n".join(entry.lines)}) + "\n")
         return
     colour = _COLOURS.get(entry.level)

@@ -207,8 +207,9 @@ def statuses(runs: Sequence[RunPaths]) -> tuple[list[RunStatus], str]:
 def _silent(run: RunPaths, status: RunStatus) -> bool:
     """Whether a run of this user has given no sign of life for a while. Of others' jobs, and of
     those of another cluster that shares the folder, SLURM may know nothing while they run."""
-    signs = [status.events[-1]["time"], *(beat.stat().st_mtime for beat in run.heartbeats.glob("*"))]
-    return run.root.stat().st_uid == os.getuid() and time.time() - max(signs) > _SILENT_S
+    last = max([status.events[-1]["time"],
+                *(beat.stat().st_mtime for beat in run.heartbeats.glob("rank_*"))])
+    return run.root.stat().st_uid == os.getuid() and time.time() - last > _SILENT_S
 
 
 def _asked_for(status: RunStatus) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -35,6 +36,9 @@ def export(run: RunPaths, step: int | None, form: str, path: Path) -> int:
     model = model_of(config, check_dataset(config))
     model.load_state_dict(load_model(checkpoint)[0])
     export_weights(model, path, form, input_size=config.eval.size)
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)  # alike for all formats: safetensors makes files of mode 0600
     return checkpoint.step
 
 

@@ -175,3 +175,11 @@ exec {shutil.which("mariadb-install-db")} "$@"
 """)
     shim.chmod(0o755)
     return f"{folder}:{os.environ['PATH']}"
+
+
+def test_a_folder_that_others_could_have_prepared_is_refused(tmp_path):
+    tmp_path.chmod(0o777)
+    done = Cluster(tmp_path).script("up")
+    assert done.returncode == 2
+    assert "root alone may write to" in done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -15,16 +15,19 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launcher.frozen.source import freeze_code
+from launcher.frozen.freeze import read_provenance
+from launcher.frozen.source import code_fingerprint, freeze_code
 from launcher.journal.events import record
 from launcher.slurm import cluster as cluster_module
 from launcher.slurm.cluster import cluster_problems, minutes, partitions
 from launcher.slurm.sbatch import batch_script, python_command, sbatch_parameters
+from launcher.slurm.scheduler import cancel
 from launcher.submission import costs
-from launcher.submission.campaign import Order, plan_order
+from launcher.submission.campaign import Order, plan_order, submit_order
 from launcher.submission.control import resume
 from launcher.submission.costs import estimate, free_bytes
 from launcher.submission.preflight import check
+from launcher.submission.submit import handed_to_slurm
 from resnet_dist.config.load import config_from_dict, dump_config, load_config, load_frozen
 from resnet_dist.config.profiles import KEYS, load_profile, profile_folders, profile_names
 from resnet_dist.config.schema import Config, ConfigError
@@ -398,6 +401,86 @@ def test_a_full_disk_and_a_used_up_quota_are_told(digits: Path, tmp_path: Path, 
         check(config, local=True)
     assert f"runs = {tmp_path}/runs: 4 checkpoints of 2.3 MB need 9.2 MB, 102.4 kB are left" \
         in str(refused.value)
+
+
+# -- what is queued together -----------------------------------------------------------------------
+
+def test_what_the_shell_would_make_of_a_job_is_refused_by_its_name(
+        digits: Path, tmp_path: Path, cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SBATCH_TIMELIMIT", "5")
+    words = (f"data={digits}", "cluster=gpu", f"runs={tmp_path}/runs")
+    with pytest.raises(ConfigError, match=r"SBATCH_TIMELIMIT = 5: .*unset .*launch.time_minutes"):
+        plan_order(Order(IMAGENET, words))
+    with pytest.raises(ConfigError, match="SBATCH_TIMELIMIT = 5"):
+        batch_script(asking(), RunPaths(tmp_path / "x"))
+
+
+def test_a_job_that_submits_another_hands_nothing_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_ARRAY_JOB_ID", "SLURM_MEM_PER_CPU", "SRUN_CPUS_PER_TASK", "RANK"):
+        monkeypatch.setenv(name, "7")
+    monkeypatch.setenv("SLURM_CONF", "/etc/mine")
+    with handed_to_slurm():
+        left = {name for name in os.environ if name.startswith(("SLURM_", "SRUN_", "RANK"))}
+    assert left == {"SLURM_CONF"}
+    assert os.environ["SLURM_ARRAY_JOB_ID"] == "7", "given back"
+
+
+def test_a_sweep_larger_than_the_clusters_arrays_is_refused_first(
+        digits: Path, tmp_path: Path, cluster: Path) -> None:
+    slurm_stand_in.install(cluster, scontrol=slurm_stand_in.CONFIG + "MaxArraySize = 3\n")
+    words = (f"data={digits}", f"runs={tmp_path}/runs", "launch.partition=cpu")
+    plan_order(Order(RECIPE, words, sweep=("seed=0,1,2",)))
+    with pytest.raises(ConfigError, match="makes 4 runs, and the cluster takes arrays of at most"):
+        submit_order(Order(RECIPE, words, sweep=("seed=0,1,2,3",)))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_sweep_shares_its_code_and_a_refused_evaluation_names_the_training(
+        digits: Path, tmp_path: Path, cluster: Path) -> None:
+    """sbatch takes the array, and refuses what comes after."""
+    slurm_stand_in.program(cluster, "sbatch", f"[ -e {cluster}/once ] && {{ echo 'sbatch: error: "
+                           f"QOSMaxSubmitJobPerUserLimit' >&2; exit 1; }}; touch {cluster}/once; "
+                           "echo 'Submitted batch job 12'")
+    words = (f"data={digits}", f"runs={tmp_path}/runs", "launch.partition=cpu", "name=s")
+    with pytest.raises(ConfigError) as refused:
+        submit_order(Order(RECIPE, words, sweep=("seed=0,1",), evaluate=("1crop",)))
+    told = str(refused.value)
+    assert told.startswith("--eval = 1crop: ")
+    assert "QOSMaxSubmitJobPerUserLimit" in told
+    assert "the training is queued: s-seed0 as job 12_0, s-seed1 as job 12_1;" in told
+    first, second = (RunPaths(tmp_path / "runs" / f"s-seed{seed}") for seed in (0, 1))
+    assert first.code.joinpath("launcher/job.py").samefile(second.code / "launcher/job.py")
+    assert code_fingerprint(second.code) == read_provenance(second)["code"]["sha256"]
+    assert read_provenance(second)["sweep"]["values"] == {"seed": "1"}
+    assert read_provenance(second)["config"]["seed"] == 1
+
+
+def test_a_controller_that_is_away_is_told_in_words(cluster: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(command: list[str], **_: object) -> None:
+        raise subprocess.TimeoutExpired(command, 15)
+
+    monkeypatch.setattr(subprocess, "run", late)
+    assert cancel("5", kill=True) == "no answer within 15 s"
+
+
+def test_more_steps_that_raise_the_rate_again_are_asked_about(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, config = make_run(tmp_path / "run", ranks=2)
+    text = run.config.read_text().replace("name: milestones", "name: cosine")
+    run.config.write_text(text)
+    record(run, "submitted", where="local", nodes=1, steps=config.steps, batch_size=64)
+    record(run, "finished", step=60, cause="")
+    run.checkpoint(60).root.mkdir()
+    run.checkpoint(60).state.write_text("{}")
+    monkeypatch.setattr("launcher.submission.control.submit", lambda *_, **__: "1")
+    freeze_code(run)
+    with pytest.raises(ConfigError, match=r"steps = 120: schedule.name = cosine has the rate 0.05 "
+                                          r"at step 60, where 60 steps have 0; .*--allow schedule"):
+        resume(run, ["steps=120"], local=True)
+    assert load_frozen(run.config).steps == 60
+    assert resume(run, ["steps=120"], local=True, allow=["schedule"]) == "1"
+    assert load_frozen(run.config).steps == 120
 
 
 # -- dry run ---------------------------------------------------------------------------------------

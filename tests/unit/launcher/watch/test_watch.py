@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
@@ -77,6 +77,22 @@ def test_filters_keep_whole_entries(logged: RunPaths, options: dict, shown: list
     assert words(logged, **options) == shown
 
 
+def test_stamps_in_utc_are_found_from_any_time_zone(logged: RunPaths,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    run = logged
+    run.rank_log(1).unlink()
+    run.rank_log(0).write_text("2026-01-01 11:00:01,000Z rank 0 INFO: early\n"
+                               "2026-01-01 12:00:01,000Z rank 0 INFO: late\n")
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        assert words(run, since="2026-01-01 21:00") == ["late"]
+        assert words(run, since="2026-01-01 11:30+00:00") == ["late"]
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
 @pytest.mark.parametrize(("options", "message"), [
     ({"ranks": [7]}, "--rank = 7"), ({"grep": "("}, "--grep = \\(.*expression"),
     ({"level": "loud"}, "--level = loud: pick one of debug"), ({"since": "noon"}, "10m, 2h"),
@@ -91,7 +107,8 @@ def test_json_has_one_object_an_entry(logged: RunPaths) -> None:
     text = io.StringIO()
     print_logs(Console(file=text), logged, wanted(level="error"), as_json=True)
     (entry,) = [json.loads(line) for line in text.getvalue().splitlines()]
-    assert entry == {"time": "2026-01-01 00:00:03.000", "rank": 1, "attempt": 1, "level": "ERROR",
+    moment = datetime(2026, 1, 1, 0, 0, 3).astimezone(UTC).isoformat(" ", "milliseconds")
+    assert entry == {"time": moment, "rank": 1, "attempt": 1, "level": "ERROR",
                      "text": "2026-01-01 00:00:03,000 rank 1 ERROR: failed\nTraceback:\n  boom"}
 
 
