@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import types
 from pathlib import Path
@@ -203,13 +204,14 @@ def test_a_job_that_slurm_has_forgotten_is_over_where_the_run_is_silent(
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="becomes another user")
-def test_a_colleagues_closed_run_is_left_out(tmp_path):
+def test_a_colleagues_closed_run_is_left_out():
+    tmp_path = Path(tempfile.mkdtemp())  # pytest's own folders are closed to others
+    tmp_path.chmod(0o755)
     trained(tmp_path / "mine").root.chmod(0o755)
-    (tmp_path / "mine" / "jobs.jsonl").chmod(0o644)
+    for name in ("jobs.jsonl", "config.yaml"):
+        (tmp_path / "mine" / name).chmod(0o644)
     trained(tmp_path / "closed")
     trained(tmp_path / "half").root.chmod(0o755)  # its events are 0600
-    for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        folder.chmod(0o755)  # pytest's own are 0700
     code = ("import os, sys; from pathlib import Path; "
             "from launcher.submission.costs import _measured; "
             "from launcher.watch.status import find_runs, statuses; "
@@ -218,6 +220,7 @@ def test_a_colleagues_closed_run_is_left_out(tmp_path):
             "_measured(config_from_dict({'name': 'x', 'runs': str(runs)}))")
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True,
                           text=True)
+    shutil.rmtree(tmp_path)
     assert done.stdout == "['mine']\n", done.stderr
     assert done.returncode == 0, done.stderr
 
