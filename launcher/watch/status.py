@@ -71,7 +71,8 @@ def find_runs(folder: Path) -> list[RunPaths]:
         return []
     found = [RunPaths(entry.absolute()) for entry in sorted(folder.iterdir())]
     return [run for run in found if os.access(run.config, os.R_OK)
-            and (os.access(run.jobs, os.R_OK) or not run.jobs.exists())]
+            and all(os.access(path, os.R_OK) or not path.exists()
+                    for path in (run.jobs, run.metrics))]
 
 
 def run_status(run: RunPaths) -> RunStatus:

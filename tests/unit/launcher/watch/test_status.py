@@ -208,7 +208,7 @@ def test_a_colleagues_closed_run_is_left_out():
     tmp_path = Path(tempfile.mkdtemp())  # pytest's own folders are closed to others
     tmp_path.chmod(0o755)
     trained(tmp_path / "mine").root.chmod(0o755)
-    for name in ("jobs.jsonl", "config.yaml"):
+    for name in ("jobs.jsonl", "config.yaml", "metrics.jsonl"):
         (tmp_path / "mine" / name).chmod(0o644)
     trained(tmp_path / "closed")
     trained(tmp_path / "half").root.chmod(0o755)  # its events are 0600
