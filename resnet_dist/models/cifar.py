@@ -11,7 +11,7 @@ from resnet_dist.kernels import dispatch as kernels
 from resnet_dist.models.catalog.options import SHORTCUT_EXPERIMENTS, ModelOptions
 from resnet_dist.models.experiments import GATE_BIAS, ActivationExperiment, ShortcutExperiment
 from resnet_dist.models.keyed import KeyedDropout
-from resnet_dist.models.layers import Stage, conv, norm_of
+from resnet_dist.models.layers import Stage, conv, make_stages, norm_of
 from resnet_dist.models.preact import BASIC, BOTTLENECK, PreActResNet
 from resnet_dist.models.resnet import BasicBlock, BlockConfig, Bottleneck
 
@@ -25,14 +25,12 @@ class CifarResNet(nn.Module):
     `final_relu`: the last sum is rectified here, because its block leaves it as it is.
     """
 
-    def __init__(self, stages: list[list[nn.Module]], out_channels: int, options: ModelOptions, *,
+    def __init__(self, stages: list[Stage], out_channels: int, options: ModelOptions, *,
                  final_relu: bool) -> None:
         super().__init__()
         self.conv1 = conv(3, PLANES[0], 3)
         self.bn1 = norm_of(options)(PLANES[0])
-        self.layer1, self.layer2, self.layer3 = (
-            Stage(*blocks, checkpointing=options.checkpointing) for blocks in stages
-        )
+        self.layer1, self.layer2, self.layer3 = stages
         self.final_relu = final_relu
         self.dropout = KeyedDropout(options.dropout) if options.dropout else None
         self.fc = nn.Linear(out_channels, options.num_classes)
@@ -73,13 +71,7 @@ def build_cifar(name: str, options: ModelOptions) -> nn.Module:
         kind = Bottleneck if bottleneck else BasicBlock
         return kind(in_channels, planes, stride, config, drop_rate)
 
-    channels, done, stages = PLANES[0], 0, []
-    for index, planes in enumerate(PLANES):
-        blocks = []
-        for k in range(count):
-            done += 1
-            rate = (options.stochastic_depth or 0.0) * done / (3 * count)
-            blocks.append(block(channels, planes, 2 if k == 0 and index > 0 else 1, rate))
-            channels = planes * (4 if bottleneck else 1)
-        stages.append(blocks)
-    return CifarResNet(stages, channels, options, final_relu=activation == "relu_only_preact")
+    expansion = 4 if bottleneck else 1
+    stages = make_stages(block, expansion, (count,) * 3, PLANES, options)
+    return CifarResNet(stages, expansion * PLANES[-1], options,
+                       final_relu=activation == "relu_only_preact")

@@ -1,7 +1,7 @@
 """The pieces several families are made of: convolutions, shortcuts, checkpointed stages."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 
@@ -162,6 +162,25 @@ class Stage(nn.Sequential):
         for start in range(0, len(blocks), length):
             x = checkpointed(nn.Sequential(*blocks[start : start + length]), x)
         return x
+
+
+def make_stages(block: Callable[[int, int, int, float], nn.Module], expansion: int,
+                counts: Sequence[int], planes: Sequence[int], options: ModelOptions) -> list[Stage]:
+    """One `Stage` per entry; all but the first halve the size. Drop rates grow linearly.
+
+    Args:
+        block: (channels in, planes, stride, drop rate) -> one with `expansion` * planes channels.
+    """
+    stages, channels, done = [], planes[0], 0
+    for index, (count, width) in enumerate(zip(counts, planes, strict=True)):
+        blocks = []
+        for k in range(count):
+            done += 1
+            rate = (options.stochastic_depth or 0.0) * done / sum(counts)
+            blocks.append(block(channels, width, 2 if k == 0 and index > 0 else 1, rate))
+            channels = width * expansion
+        stages.append(Stage(*blocks, checkpointing=options.checkpointing))
+    return stages
 
 
 def checkpointed(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -6,12 +6,14 @@ sum is normalised and rectified before pooling. Strides are in the first convolu
 authors' code.
 """
 
+from functools import partial
+
 from torch import Tensor, nn
 
 from resnet_dist.kernels import dispatch as kernels
 from resnet_dist.models.catalog.options import ModelOptions
 from resnet_dist.models.keyed import KeyedDropout, StochasticDepth
-from resnet_dist.models.layers import MaxPool2d, Norm, PadShortcut, Stage, conv, norm_of
+from resnet_dist.models.layers import MaxPool2d, Norm, PadShortcut, conv, make_stages, norm_of
 from resnet_dist.models.resnet import STAGES
 
 Kernels = tuple[int, ...]
@@ -24,16 +26,15 @@ class PreActBlock(nn.Module):
 
     Args:
         kernels: (3, 3) or (1, 3, 1); the bottleneck's last convolution has 4 * planes channels.
-        activate: False for the first block of a network, whose input is activated already.
         shortcut: "A", "B" or "C", where the shape changes (C: everywhere).
     """
 
-    def __init__(self, in_channels: int, planes: int, stride: int, *, kernels: Kernels, norm: Norm,
-                 shortcut: str, activate: bool, drop_rate: float) -> None:
+    def __init__(self, in_channels: int, planes: int, stride: int, drop_rate: float = 0.0, *,
+                 kernels: Kernels, norm: Norm, shortcut: str) -> None:
         super().__init__()
         out_channels = planes * (4 if kernels == BOTTLENECK else 1)
         widths = [in_channels, *[planes] * (len(kernels) - 1), out_channels]
-        self.bn1 = norm(in_channels) if activate else None
+        self.bn1: nn.Module | None = norm(in_channels)  # None: x is activated already
         self.conv1 = conv(in_channels, widths[1], kernels[0], stride)
         self.bn2 = norm(widths[1])
         self.conv2 = conv(widths[1], widths[2], kernels[1])
@@ -64,19 +65,12 @@ class PreActResNet(nn.Module):
         self.conv1 = conv(3, channels, 7, 2) if imagenet else conv(3, channels, 3)
         self.bn1 = norm(channels)
         self.maxpool = MaxPool2d(3, stride=2, padding=1) if imagenet else None
-        done, rate = 0, options.stochastic_depth or 0.0
-        stages: list[Stage] = []
-        for index, (count, width) in enumerate(zip(counts, planes, strict=True)):
-            blocks: list[nn.Module] = []
-            for k in range(count):
-                done += 1
-                blocks.append(PreActBlock(
-                    channels, width, 2 if k == 0 and index > 0 else 1, kernels=kernels, norm=norm,
-                    shortcut=shortcut, activate=done > 1, drop_rate=rate * done / sum(counts),
-                ))
-                channels = width * (4 if kernels == BOTTLENECK else 1)
-            stages.append(Stage(*blocks, checkpointing=options.checkpointing))
+        expansion = 4 if kernels == BOTTLENECK else 1
+        stages = make_stages(partial(PreActBlock, kernels=kernels, norm=norm, shortcut=shortcut),
+                             expansion, counts, planes, options)
+        stages[0][0].register_module("bn1", None)  # the stem's own activation is before it
         self.layers = nn.Sequential(*stages)
+        channels = planes[-1] * expansion
         self.bn_last = norm(channels)
         self.dropout = KeyedDropout(options.dropout) if options.dropout else None
         self.fc = nn.Linear(channels, options.num_classes)

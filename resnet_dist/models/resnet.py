@@ -18,8 +18,8 @@ from resnet_dist.models.layers import (
     Norm,
     PadShortcut,
     SqueezeExcitation,
-    Stage,
     conv,
+    make_stages,
     norm_of,
     projection,
 )
@@ -28,6 +28,7 @@ from resnet_dist.models.norm import GhostBatchNorm2d
 # Blocks per stage. Source: He et al. 2015, table 1; 200: He et al. 2016, appendix.
 STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3),
           152: (3, 8, 36, 3), 200: (3, 24, 36, 3)}
+PLANES = (64, 128, 256, 512)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +59,13 @@ class BlockConfig:
 class _Block(nn.Module):
     """The end of every block: last BatchNorm, gate, stochastic depth, addition, ReLU."""
 
-    downsample: nn.Module | None
-    se: SqueezeExcitation | None
-    drop: StochasticDepth | None
-    residual: bool
+    def complete(self, config: BlockConfig, in_channels: int, out_channels: int, stride: int,
+                 drop_rate: float) -> None:
+        self.se = (SqueezeExcitation(out_channels, config.se_reduction)
+                   if config.se_reduction else None)
+        self.drop = StochasticDepth(drop_rate) if drop_rate else None
+        self.downsample = config.make_shortcut(in_channels, out_channels, stride)
+        self.residual = config.residual
 
     def shortcut(self, x: Tensor) -> Tensor | None:
         if not self.residual:
@@ -89,10 +93,7 @@ class BasicBlock(_Block):
         self.bn1 = config.norm(planes)
         self.conv2 = conv(planes, planes, 3)
         self.bn2 = config.norm(planes)
-        self.se = SqueezeExcitation(planes, config.se_reduction) if config.se_reduction else None
-        self.drop = StochasticDepth(drop_rate) if drop_rate else None
-        self.downsample = config.make_shortcut(in_channels, planes, stride)
-        self.residual = config.residual
+        self.complete(config, in_channels, planes, stride, drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn1(self.conv1(x), relu=True)
@@ -119,11 +120,7 @@ class Bottleneck(_Block):
         self.bn2 = config.norm(width)
         self.conv3 = conv(width, out_channels, 1)
         self.bn3 = config.norm(out_channels)
-        self.se = (SqueezeExcitation(out_channels, config.se_reduction)
-                   if config.se_reduction else None)
-        self.drop = StochasticDepth(drop_rate) if drop_rate else None
-        self.downsample = config.make_shortcut(in_channels, out_channels, stride)
-        self.residual = config.residual
+        self.complete(config, in_channels, out_channels, stride, drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn1(self.conv1(x), relu=True)
@@ -134,49 +131,18 @@ class Bottleneck(_Block):
         return self.bn3
 
 
-def make_stages(
-    block: type[BasicBlock] | type[Bottleneck],
-    counts: tuple[int, ...],
-    planes: tuple[int, ...],
-    in_channels: int,
-    config: BlockConfig,
-    *,
-    stochastic_depth: float,
-    checkpointing: bool,
-) -> list[Stage]:
-    """One `Stage` per entry; all but the first halve the size. Drop rates grow linearly."""
-    stages, done, total = [], 0, sum(counts)
-    for index, (count, width) in enumerate(zip(counts, planes, strict=True)):
-        blocks: list[nn.Module] = []
-        for k in range(count):
-            done += 1
-            stride = 2 if k == 0 and index > 0 else 1
-            rate = stochastic_depth * done / total
-            blocks.append(block(in_channels, width, stride, config, rate))
-            in_channels = width * block.expansion
-        stages.append(Stage(*blocks, checkpointing=checkpointing))
-    return stages
-
-
 class ResNet(nn.Module):
     """Images [n, 3, h, w] to logits [n, num_classes]."""
 
-    def __init__(
-        self,
-        block: type[BasicBlock] | type[Bottleneck],
-        counts: tuple[int, ...],
-        config: BlockConfig,
-        options: ModelOptions,
-        stem: str = "conv7",
-    ) -> None:
+    def __init__(self, block: type[BasicBlock] | type[Bottleneck], counts: tuple[int, ...],
+                 config: BlockConfig, options: ModelOptions, stem: str = "conv7") -> None:
         super().__init__()
         self.conv1 = _deep_stem(config.norm) if stem == "deep" else conv(3, 64, 7, 2)
         self.bn1 = config.norm(64)
         self.maxpool = MaxPool2d(3, stride=2, padding=1)
         self.layer1, self.layer2, self.layer3, self.layer4 = make_stages(
-            block, counts, (64, 128, 256, 512), 64, config,
-            stochastic_depth=options.stochastic_depth or 0.0, checkpointing=options.checkpointing,
-        )
+            lambda channels, width, stride, rate: block(channels, width, stride, config, rate),
+            block.expansion, counts, PLANES, options)
         self.dropout = KeyedDropout(options.dropout) if options.dropout else None
         self.fc = nn.Linear(512 * block.expansion, options.num_classes)
 

@@ -40,8 +40,10 @@ def config(**changes):
 
 
 def preact(kernels, stride=2, shortcut="B", activate=True, drop_rate=0.0):
-    return PreActBlock(4, 3, stride, kernels=kernels, norm=NORM, shortcut=shortcut,
-                       activate=activate, drop_rate=drop_rate)
+    block = PreActBlock(4, 3, stride, drop_rate, kernels=kernels, norm=NORM, shortcut=shortcut)
+    if not activate:
+        block.bn1 = None
+    return block
 
 
 BLOCKS = {
