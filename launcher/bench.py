@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,40 +34,30 @@ def convert_beside_ffcv(console: Console, source: str, scratch: Path | None, *, 
     if as_json:
         sys.stdout.write(json.dumps(rows) + "\n")
         return
-    table = Table("case", "system", "images/s", "slowest to fastest", "times FFCV", "CPU ms/image",
-                  "peak MB", title=f"conversion of {images:,} images, {workers} workers")
-    for row in summary(rows):
-        table.add_row(row["case"], row["system"], f"{row['images_per_s']:,.0f}",
-                      f"{row['slowest']:,.0f} to {row['fastest']:,.0f}", f"{row['ratio']:.2f}",
-                      f"{row['cpu_ms_an_image']:.2f}", f"{row['peak_mb']:,.0f}")
-    console.print(table)
+    _show(console, f"conversion of {images:,} images, {workers} workers",
+          {"case": "{case}", "system": "{system}", "images/s": "{images_per_s:,.0f}",
+           "slowest to fastest": "{slowest:,.0f} to {fastest:,.0f}", "times FFCV": "{ratio:.2f}",
+           "CPU ms/image": "{cpu_ms_an_image:.2f}", "peak MB": "{peak_mb:,.0f}"}, summary(rows))
 
 
-def loaders_side_by_side(console: Console, dataset: Path, *, size: int, threads: int, rounds: int,
-                         images: int, sheet: Path | None, as_json: bool) -> None:
+def loaders_side_by_side(console: Console, dataset: Path, arguments: list[str], *,
+                         as_json: bool) -> None:
     """Ours, stock FFCV and a Pillow folder loader, in a process of their own that may use torch.
 
     Raises: ConfigError where `dataset` is none.
     """
     load_manifest(dataset)
-    command = [sys.executable, "-m", "resnet_dist.bench.loader", str(dataset), "--size", str(size),
-               "--threads", str(threads), "--rounds", str(rounds), "--images", str(images)]
-    done = subprocess.run(command + ([] if sheet is None else ["--sheet", str(sheet)]),
-                          stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(done.returncode)
-    if as_json:
-        sys.stdout.write(done.stdout)
+    result = _measured("loader", [str(dataset), *arguments], as_json)
+    if result is None:
         return
-    result: dict[str, Any] = json.loads(done.stdout)
-    table = Table("loader", "images/s", "slowest to fastest", "ours is", "CPU ms/image",
-                  title=f"{size} px, {threads} threads, {rounds} rounds of {images:,} images")
-    for name, median in result["median"].items():
-        rates = result["rates"][name]
-        times = result["speedup"].get(name)
-        table.add_row(name, f"{median:,.0f}", f"{min(rates):,.0f} to {max(rates):,.0f}",
-                      "" if times is None else f"{times:.2f}x", f"{result['cpu_ms'][name]:.2f}")
-    console.print(table)
+    _show(console, "{size} px, {threads} threads, rounds of {images:,} images".format(**result),
+          {"loader": "{name}", "images/s": "{rate:,.0f}",
+           "slowest to fastest": "{low:,.0f} to {high:,.0f}", "ours is": "{times}",
+           "CPU ms/image": "{cpu_ms:.2f}"},
+          [{"name": name, "rate": median, "low": min(result["rates"][name]),
+            "high": max(result["rates"][name]), "cpu_ms": result["cpu_ms"][name],
+            "times": _times(result["speedup"].get(name))}
+           for name, median in result["median"].items()])
     error = result["error"]
     console.print(f"mean error to a float64 area resize, grey levels: ours {error['ours']:.3f}, "
                   f"FFCV {error['ffcv']:.3f}")
@@ -77,16 +68,14 @@ def step_beside_torch(console: Console, arguments: list[str], *, as_json: bool) 
     result = _measured("step", arguments, as_json)
     if result is None:
         return
-    table = Table("step", "images/s", "slowest to fastest", "ours is", "CPU ms/image", "peak MB",
-                  title=f"{result['model']}, batch {result['batch']}, {result['size']} px, "
-                        f"{result['precision']}, {result['device']}, {result['rounds']} rounds")
-    for name, numbers in result["competitors"].items():
-        rate, ratio = numbers["images_per_s"], result["ours_is"].get(name)
-        table.add_row(name, f"{rate['median']:,.1f}", f"{rate['low']:,.1f} to {rate['high']:,.1f}",
-                      "" if ratio is None else f"{ratio:.2f}x",
-                      f"{numbers['cpu_ms_an_image']['median']:.2f}",
-                      f"{numbers['peak_mb']['median']:,.0f}")
-    console.print(table)
+    _show(console, "{model}, batch {batch}, {size} px, {precision}, {device}, {rounds} rounds"
+          .format(**result),
+          {"step": "{name}", "images/s": "{images_per_s[median]:,.1f}",
+           "slowest to fastest": "{images_per_s[low]:,.1f} to {images_per_s[high]:,.1f}",
+           "ours is": "{times}", "CPU ms/image": "{cpu_ms_an_image[median]:.2f}",
+           "peak MB": "{peak_mb[median]:,.0f}"},
+          [{**numbers, "name": name, "times": _times(result["ours_is"].get(name))}
+           for name, numbers in result["competitors"].items()])
     for level, floor in result["levels"].items():
         console.print(f"{level} kernels move {floor['bytes'] / 1e9:.2f} GB and compute "
                       f"{floor['flops'] / 1e12:.3f} TFLOP a step: at most "
@@ -127,16 +116,13 @@ def kernels_beside_torch(console: Console, arguments: list[str], *, as_json: boo
     if result is None:
         return
     others = list(result["rows"][0]["ours_is"])
-    table = Table("kernel", "shape", "ours, ms", *(f"{name}, ms" for name in others),
-                  *(f"times {name}" for name in others), "GB/s", "of a copy",
-                  title=f"forward and backward, batch {result['batch']} in groups of "
-                        f"{result['bn_batch']}, {result['precision']}, {result['device']}")
-    for row in result["rows"]:
-        table.add_row(row["kernel"], row["shape"], f"{row['ms']['ours']:.2f}",
-                      *(f"{row['ms'][name]:.2f}" for name in others),
-                      *(f"{row['ours_is'][name]:.2f}" for name in others),
-                      f"{row['bytes_per_s'] / 1e9:,.1f}", f"{100 * row['of_copy']:.0f}%")
-    console.print(table)
+    _show(console, "forward and backward, batch {batch} in groups of {bn_batch}, {precision}, "
+          "{device}".format(**result),
+          {"kernel": "{kernel}", "shape": "{shape}",
+           **{f"{name}, ms": f"{{ms[{name}]:.2f}}" for name in ("ours", *others)},
+           **{f"times {name}": f"{{ours_is[{name}]:.2f}}" for name in others},
+           "GB/s": "{gb_per_s:,.1f}", "of a copy": "{of_copy:.0%}"},
+          [{**row, "gb_per_s": row["bytes_per_s"] / 1e9} for row in result["rows"]])
 
 
 def kernels_compiled(console: Console, *, as_json: bool) -> None:
@@ -171,25 +157,19 @@ def kernels_compiled(console: Console, *, as_json: bool) -> None:
                  "beside the kernel")
 
 
-def scaling_here(console: Console, arguments: list[str], *, planned: bool,
-                 as_json: bool) -> None:
+def scaling_here(console: Console, arguments: list[str], *, planned: bool, as_json: bool) -> None:
     """Measured scaling on this machine's ranks; `planned`: ResNet-50 on many GPUs instead."""
-    result = _measured("scaling", [*arguments, *(["--plan"] if planned else [])], as_json)
+    result = _measured("scaling", arguments, as_json)
     if result is None:
         return
     if planned:
         return _show_plan(console, result)
-    table = Table("scaling", "ranks", "images a rank", "step, ms", "slowest to fastest", "images/s",
-                  "model, ms", "error", "fitted",
-                  title=f"{result['model']}, {result['size']} px, ranks of one thread on "
-                        f"{result['cores']} cores")
-    for row in sorted(result["points"], key=lambda row: (row["scaling"], row["ranks"])):
-        low, high = row["spread"]
-        table.add_row(row["scaling"], str(row["ranks"]), str(row["images"]),
-                      f"{1e3 * row['step_s']:,.0f}", f"{1e3 * high:,.0f} to {1e3 * low:,.0f}",
-                      f"{row['images_per_s']:,.0f}", f"{1e3 * row['model_s']:,.0f}",
-                      f"{100 * row['error']:+.0f}%", "yes" if row["seen"] else "no")
-    console.print(table)
+    _show(console, "{model}, {size} px, ranks of one thread on {cores} cores".format(**result),
+          {"scaling": "{scaling}", "ranks": "{ranks}", "images a rank": "{images}",
+           "step, s": "{step_s:,.3f}", "slowest to fastest": "{spread[1]:,.3f} to {spread[0]:,.3f}",
+           "images/s": "{images_per_s:,.0f}", "model, s": "{model_s:,.3f}",
+           "error": "{error:+.0%}", "fitted": "{seen}"},
+          sorted(result["points"], key=lambda row: (row["scaling"], row["ranks"])))
 
 
 def _show_plan(console: Console, result: dict[str, Any]) -> None:
@@ -222,14 +202,25 @@ def saves_side_by_side(console: Console, scratch: Path | None, arguments: list[s
         found = _measured("save", [folder, *arguments], as_json)
     if found is None:
         return
-    table = Table("a save that is", "the step waits, s", "of a minute", "taken from training, s",
-                  "of a minute", title=f"{found['model']}, checkpoints of {found['mb']:.0f} MB, a "
-                  f"step takes {found['step_s']:.2f} s, medians of {found['rounds']}")
-    for way in ("synchronous", "asynchronous"):
-        stall_s, lost_s = found[way]["stall_s"], found[way]["lost_s"]
-        table.add_row(way, f"{stall_s:.3f}", f"{stall_s / 60:.2%}", f"{lost_s:.2f}",
-                      f"{lost_s / 60:.2%}")
+    _show(console, "{model}, checkpoints of {mb:.0f} MB, a step takes {step_s:.2f} s, medians of "
+          "{rounds}".format(**found),
+          {"a save that is": "{way}", "the step waits, s": "{stall_s:.3f}",
+           "taken from training, s": "{lost_s:.2f}", "of a minute": "{share:.2%}"},
+          [{**found[way], "way": way, "share": found[way]["lost_s"] / 60}
+           for way in ("synchronous", "asynchronous")])
+
+
+def _show(console: Console, title: str, columns: dict[str, str],
+          rows: Iterable[dict[str, Any]]) -> None:
+    """A table: each column's heading, and the format of what a row has for it."""
+    table = Table(*columns, title=title)
+    for row in rows:
+        table.add_row(*(text.format(**row) for text in columns.values()))
     console.print(table)
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}x"
 
 
 def _needs_triton(option: str) -> None:

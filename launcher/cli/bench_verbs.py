@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from launcher.cli.help import Verb, Verbs
 from launcher.cli.words import Json, console
 
-bench = typer.Typer(cls=Verbs, no_args_is_help=True,
-                    help="Measure, side by side with the usual choice.")
-measure = partial(bench.command, cls=Verb)
+bench = typer.Typer(no_args_is_help=True, help="Measure, side by side with the usual choice.")
 
 
-@measure("convert")
+def _words(context: typer.Context, *left_out: str) -> list[str]:
+    """The options as words for the program that measures; what is off or unset stays out."""
+    words = []
+    for name, value in context.params.items():
+        if name not in ("as_json", *left_out) and value is not None and value is not False:
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return words
+
+
+@bench.command("convert")
 def bench_convert(
     source: Annotated[str, typer.Argument(help="images, repeated to --images")],
     images: Annotated[int, typer.Option("--images")] = 5000,
@@ -36,8 +41,9 @@ def bench_convert(
                         case=case, as_json=as_json)
 
 
-@measure("loader")
+@bench.command("loader")
 def bench_loader(
+    context: typer.Context,
     dataset: Annotated[Path, typer.Argument(help="data set directory with JPEG shards")],
     size: Annotated[int, typer.Option("--size", help="pixels")] = 224,
     threads: Annotated[int, typer.Option("--threads")] = 2,
@@ -52,12 +58,12 @@ def bench_loader(
     """
     from launcher.bench import loaders_side_by_side
 
-    loaders_side_by_side(console, dataset, size=size, threads=threads, rounds=rounds,
-                         images=images, sheet=sheet, as_json=as_json)
+    loaders_side_by_side(console, dataset, _words(context, "dataset"), as_json=as_json)
 
 
-@measure("step")
+@bench.command("step")
 def bench_step(
+    context: typer.Context,
     model: Annotated[str, typer.Option("--model")] = "resnet50",
     batch: Annotated[int, typer.Option("--batch", help="images of one step")] = 32,
     bn_batch: Annotated[int, typer.Option("--bn-batch", help="ours: images a BatchNorm")] = 32,
@@ -78,18 +84,17 @@ def bench_step(
     """
     from launcher.bench import step_account, step_beside_torch
 
-    network = ["--model", model, "--batch", str(batch), "--bn-batch", str(bn_batch), "--size",
-               str(size), "--precision", precision]
     if account:
+        network = _words(context, "account", "rounds", "steps", "tb_per_s", "tflops")
         return step_account(console, [*network, "--bytes-per-s", str(1e12 * tb_per_s),
-                                      "--flops-per-s", str(1e12 * tflops), "--launch-us",
-                                      str(launch_us)], as_json=as_json)
-    step_beside_torch(console, [*network, "--rounds", str(rounds), "--steps", str(steps)],
-                      as_json=as_json)
+                                      "--flops-per-s", str(1e12 * tflops)], as_json=as_json)
+    words = _words(context, "account", "tb_per_s", "tflops", "launch_us")
+    step_beside_torch(console, words, as_json=as_json)
 
 
-@measure("kernels")
+@bench.command("kernels")
 def bench_kernels(
+    context: typer.Context,
     batch: Annotated[int, typer.Option("--batch")] = 32,
     bn_batch: Annotated[int, typer.Option("--bn-batch")] = 32,
     precision: Annotated[str, typer.Option("--precision", help="bf16, fp16, fp32; auto")] = "auto",
@@ -107,13 +112,12 @@ def bench_kernels(
 
     if compile_only:
         return kernels_compiled(console, as_json=as_json)
-    kernels_beside_torch(console, ["--batch", str(batch), "--bn-batch", str(bn_batch),
-                                   "--precision", precision, "--rounds", str(rounds),
-                                   *(["--compiled"] if compiled else [])], as_json=as_json)
+    kernels_beside_torch(console, _words(context), as_json=as_json)
 
 
-@measure("scaling")
+@bench.command("scaling")
 def bench_scaling(
+    context: typer.Context,
     plan: Annotated[bool, typer.Option("--plan", help="8 to 4,096 GPUs; measures nothing")] = False,
     worlds: Annotated[str, typer.Option("--worlds", help="ranks to fit the model to")] = "1,2,4",
     unseen: Annotated[str, typer.Option("--unseen", help="ranks to judge it on")] = "8",
@@ -127,13 +131,12 @@ def bench_scaling(
     """
     from launcher.bench import scaling_here
 
-    scaling_here(console, ["--worlds", worlds, "--unseen", unseen, "--rounds", str(rounds),
-                           *([] if figure is None else ["--figure", str(figure)])],
-                 planned=plan, as_json=as_json)
+    scaling_here(console, _words(context), planned=plan, as_json=as_json)
 
 
-@measure("save")
+@bench.command("save")
 def bench_save(
+    context: typer.Context,
     model: Annotated[str, typer.Option("--model")] = "resnet50",
     size: Annotated[int, typer.Option("--size", help="pixels of the made-up images")] = 64,
     batch_size: Annotated[int, typer.Option("--batch-size")] = 32,
@@ -147,6 +150,4 @@ def bench_save(
     """
     from launcher.bench import saves_side_by_side
 
-    saves_side_by_side(console, scratch, ["--model", model, "--size", str(size), "--batch-size",
-                                          str(batch_size), "--rounds", str(rounds)],
-                       as_json=as_json)
+    saves_side_by_side(console, scratch, _words(context, "scratch"), as_json=as_json)

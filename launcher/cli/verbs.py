@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import json
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -19,21 +18,18 @@ import typer
 from launcher.cli import completion
 from launcher.cli.bench_verbs import bench
 from launcher.cli.data_verbs import convert, verify
-from launcher.cli.help import Verb, Verbs
-from launcher.cli.words import Allow, Json, Overrides, Recipe, Run, Runs, console, errors
+from launcher.cli.words import Allow, Json, Overrides, Recipe, Run, Runs, console, errors, tell
 
 app = typer.Typer(
-    name="resnet-dist", cls=Verbs, no_args_is_help=True, add_completion=True,
+    name="resnet-dist", no_args_is_help=True, add_completion=True,
     rich_markup_mode="markdown", pretty_exceptions_enable=False,
     help="Train residual networks on SLURM or on one machine.")
-verb = partial(app.command, cls=Verb)
+
+app.command()(convert)
+app.command()(verify)
 
 
-verb()(convert)
-verb()(verify)
-
-
-@verb()
+@app.command()
 def submit(
     config: Recipe,
     options: Overrides = None,
@@ -87,7 +83,7 @@ def submit(
         campaign.show(console, submitted)
 
 
-@verb()
+@app.command()
 def train(
     config: Recipe,
     options: Overrides = None,
@@ -109,7 +105,7 @@ def _words(text: str) -> list[str]:
     return [word for word in text.split(",") if word]
 
 
-@verb()
+@app.command()
 def status(
     run: Annotated[str | None, typer.Argument(
         metavar="[RUN]", help="one run in detail",
@@ -128,7 +124,7 @@ def status(
     raise typer.Exit(show_status(console, run, Path(runs), watch=watch, as_json=as_json))
 
 
-@verb()
+@app.command()
 def logs(
     run: Run,
     rank: Annotated[list[int] | None, typer.Option("--rank", help="only this; repeatable")] = None,
@@ -152,7 +148,7 @@ def logs(
                follow=follow, as_json=as_json)
 
 
-@verb()
+@app.command()
 def compare(
     first: Run,
     others: Annotated[list[str], typer.Argument(
@@ -173,7 +169,7 @@ def compare(
                  as_json=as_json)
 
 
-@verb()
+@app.command()
 def stop(
     run: Run,
     now: Annotated[bool, typer.Option("--now", help="kill without a checkpoint")] = False,
@@ -188,13 +184,10 @@ def stop(
     from launcher.submission.control import stop
 
     done = stop(find_run(run, runs), now=now)
-    if as_json:
-        print(json.dumps({"run": run, "done": done}))
-    else:
-        console.print(done, highlight=False, soft_wrap=True)
+    tell(as_json, {"run": run, "done": done}, done)
 
 
-@verb()
+@app.command()
 def resume(run: Run, options: Overrides = None,
            local: Annotated[bool, typer.Option("--local", help="run here")] = False,
            code: Annotated[str, typer.Option(
@@ -211,13 +204,10 @@ def resume(run: Run, options: Overrides = None,
 
     found = find_run(run, runs)
     job = resume(found, options or [], local=local, code=code, allow=_words(allow))
-    if as_json:
-        print(json.dumps({"run": str(found.root), "job": job}))
-    else:
-        console.print(f"[green]resumed[/]  job {job}", highlight=False)
+    tell(as_json, {"run": str(found.root), "job": job}, f"[green]resumed[/]  job {job}")
 
 
-@verb("eval")
+@app.command("eval")
 def evaluate(
     run: Run,
     step: Annotated[int | None, typer.Option("--step", help="checkpoint; default newest")] = None,
@@ -251,20 +241,17 @@ def evaluate(
                            ensemble=tuple(ensemble or ()), responses=responses)
     if result is None:
         return  # torchrun's other ranks: rank 0 tells
-    if as_json:
-        print(json.dumps(result))
-        return
     low, high = result["top1_interval"]
     low5, high5 = result["top5_interval"]
-    console.print(
-        f"{' + '.join(result['members'])}, {result['protocol']} of {result['split']}: top-1 "
-        f"[bold]{result['top1']:.2f}%[/] ({low:.2f} to {high:.2f}), top-5 {result['top5']:.2f}% "
-        f"({low5:.2f} to {high5:.2f}), loss {result['loss']:.4f}, calibration error "
-        f"{result['ece']:.2f}% over {result['samples']:,} images; intervals at 95%\n"
-        f"report  {result['report']}", highlight=False, soft_wrap=True)
+    tell(as_json, result,
+         f"{' + '.join(result['members'])}, {result['protocol']} of {result['split']}: top-1 "
+         f"[bold]{result['top1']:.2f}%[/] ({low:.2f} to {high:.2f}), top-5 {result['top5']:.2f}% "
+         f"({low5:.2f} to {high5:.2f}), loss {result['loss']:.4f}, calibration error "
+         f"{result['ece']:.2f}% over {result['samples']:,} images; intervals at 95%\n"
+         f"report  {result['report']}")
 
 
-@verb()
+@app.command()
 def tensorboard(
     names: Annotated[list[str] | None, typer.Argument(
         metavar="[RUN ...]", autocompletion=completion.run_names)] = None,
@@ -284,7 +271,7 @@ def tensorboard(
                                  as_json=as_json))
 
 
-@verb()
+@app.command()
 def export(
     run: Run,
     form: Annotated[str, typer.Option("--format", help="torchvision, timm, safetensors or onnx")],
@@ -300,14 +287,11 @@ def export(
     from launcher.foreground import export_here
 
     written = export_here(run, runs, form, out, step)
-    if as_json:
-        print(json.dumps({"file": str(out), "step": written}))
-    else:
-        console.print(f"[green]written[/]  {out}, weights of step {written}", highlight=False,
-                      soft_wrap=True)
+    tell(as_json, {"file": str(out), "step": written},
+         f"[green]written[/]  {out}, weights of step {written}")
 
 
-@verb()
+@app.command()
 def doctor(
     options: Annotated[list[str] | None, typer.Argument(
         metavar="[key=value ...]", help="with --slurm: settings of the job, e.g. launch.nodes=2",

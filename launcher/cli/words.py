@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +14,16 @@ from launcher.cli import completion
 
 console = Console()
 errors = Console(stderr=True)
+
+
+
+def tell(as_json: bool, facts: object, words: str) -> None:
+    """What a verb has done: for a script on one line, else in words."""
+    if as_json:
+        sys.stdout.write(json.dumps(facts) + "\n")
+    else:
+        console.print(words, highlight=False, soft_wrap=True)
+
 
 Recipe = Annotated[Path, typer.Argument(metavar="CONFIG", help="a recipe from configs/",
                                         autocompletion=completion.recipes)]

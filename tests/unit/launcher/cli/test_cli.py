@@ -33,7 +33,7 @@ def cpu_s(call: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def test_help_lists_every_verb_and_is_quick(cli: Cli) -> None:
-    bare = [sys.executable, "-c", "import typer, rich.console, rich.panel, rich.table"]
+    bare = [sys.executable, "-c", "import typer.rich_utils, rich.markdown"]
     spent, least = [], []
     for _ in range(3):
         seconds, shown = cpu_s(lambda: cli("--help"))
@@ -75,8 +75,8 @@ def test_help_shows_all_options_with_what_they_mean(cli: Cli) -> None:
     shown = " ".join(cli("logs", "--help", env={"COLUMNS": "100"}).stdout.split())
     for part in ("Usage: resnet-dist logs [OPTIONS] {RUN}", "merged by time, each line with its",
                  "resnet-dist logs resnet50 --level warning --since 2h", "--grep REGEX",
-                 "an age such as 10m, 2h or 1d", "[default: runs]", "-f, --follow"):
-        assert part in shown or part.replace("-f, --follow", "--follow, -f") in shown, (part, shown)
+                 "an age such as 10m, 2h or 1d", "[default: runs]", "--follow -f"):
+        assert part in shown, (part, shown)
     assert "`" not in shown
 
 
