@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 import re
 import secrets
 import shlex
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -111,10 +109,12 @@ def submit_order(order: Order) -> list[Submitted]:
                                    dataset_follows=order.convert is not None,
                                    like=runs[0] if runs else None))
         if order.convert is not None:
-            conversion = _queue_conversion(order.convert, first, _convert_options(order), runs[0])
+            from data_prep.slurm import job_folder
+
+            conversion = _queue_conversion(order, first, runs[0])
             for run in runs:
                 record(run, "conversion queued", conversion=list(conversion),
-                       conversion_logs=_conversion_logs(first))
+                       conversion_logs=str(job_folder(Path(str(first.data.path)))))
         jobs = _queue(order, [config for _, config in members], runs, identity["id"],
                       (*after, *conversion[-1:]))
     except BaseException:
@@ -234,52 +234,27 @@ def _plain(order: Order) -> list[str]:
     return [item for item in order.overrides if not item.startswith(CONVERT_PREFIX)]
 
 
-def _convert_options(order: Order) -> list[str]:
-    return [item.removeprefix(CONVERT_PREFIX) for item in order.overrides
-            if item.startswith(CONVERT_PREFIX)]
-
-
-def _queue_conversion(source: str, config: Config, options: list[str], run: RunPaths
-                      ) -> tuple[str, ...]:
+def _queue_conversion(order: Order, config: Config, run: RunPaths) -> tuple[str, ...]:
     """Queue what makes the data set; its jobs, the finishing one last. () where it is there."""
     from data_prep.convert import parse_convert_overrides
     from data_prep.slurm import submit_conversion
 
+    assert order.convert is not None, "asked by its caller"
     launch = config.launch
-    given = {item.partition("=")[0] for item in options}
     ours = {"slurm_partition": launch.partition, "slurm_account": launch.account}
-    options = [*options, *(f"{key}={value}" for key, value in ours.items()
-                           if value and key not in given)]
+    given = [item.removeprefix(CONVERT_PREFIX) for item in order.overrides
+             if item.startswith(CONVERT_PREFIX)]
+    options = [f"{key}={value}" for key, value in ours.items()
+               if value and not any(item.startswith(f"{key}=") for item in given)] + given
     if config.data.path is None:
         raise ConfigError("data.path = null: name the data set to make, e.g. data=data/imagenet")
-    with _environment(frozen_environment(run)), handed_to_slurm():
-        submitted = submit_conversion(source, Path(config.data.path),
+    with handed_to_slurm(**frozen_environment(run)):
+        submitted = submit_conversion(order.convert, Path(config.data.path),
                                       parse_convert_overrides(options),
                                       setup=environment_lines(launch))
     if submitted is None:
         return ()
     return tuple(dict.fromkeys(str(job.job_id).split("_")[0] for job in submitted[1]))
-
-
-def _conversion_logs(config: Config) -> str:
-    from data_prep.slurm import job_folder
-
-    return str(job_folder(Path(str(config.data.path))))
-
-
-@contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """sbatch takes this process's environment along."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _jobs(after: Sequence[str], runs: str) -> list[str]:

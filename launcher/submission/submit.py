@@ -85,19 +85,30 @@ def queue(config: Config, run: RunPaths, job: TrainJob, after: Sequence[str] = (
 
 
 @contextmanager
-def outside_any_job() -> Iterator[None]:
-    """A job that is submitted inside takes over nothing of a job that submits it."""
+def outside_any_job(**variables: str) -> Iterator[None]:
+    """A job that is submitted inside takes over nothing of a job that submits it.
+
+    Args:
+        variables: that it does take over.
+    """
     from submitit.helpers import clean_env
 
-    conf = os.environ.get("SLURM_CONF")
-    with clean_env():
-        os.environ |= {"SLURM_CONF": conf} if conf else {}
-        yield
+    before = dict(os.environ)
+    try:
+        with clean_env():
+            os.environ |= {key: before[key] for key in before.keys() & {"SLURM_CONF"}} | variables
+            yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @contextmanager
-def handed_to_slurm() -> Iterator[None]:
+def handed_to_slurm(**variables: str) -> Iterator[None]:
     """What is submitted inside has private pickles and logs, and a refusal is the user's message.
+
+    Args:
+        variables: that the job finds in its environment.
 
     Raises: ConfigError.
     """
@@ -105,7 +116,7 @@ def handed_to_slurm() -> Iterator[None]:
 
     before = os.umask(0o077)
     try:
-        with outside_any_job():
+        with outside_any_job(**variables):
             yield
     except (FailedJobError, FailedSubmissionError, OSError, subprocess.SubprocessError) as error:
         lines = [line.strip() for line in str(error).splitlines() if "sbatch" in line.lower()]

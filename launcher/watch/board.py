@@ -19,7 +19,6 @@ from rich.console import Console
 
 from launcher.frozen.freeze import find_run
 from resnet_dist.config.schema import ConfigError
-from resnet_dist.run.paths import RunPaths
 
 
 def run_tensorboard(console: Console, names: list[str], runs: str, port: int, *,
@@ -42,7 +41,13 @@ def run_tensorboard(console: Console, names: list[str], runs: str, port: int, *,
                                      "everyone": everyone}) + "\n")
         sys.stdout.flush()
     else:
-        _tell(console, address, command, port if everyone else None)
+        if everyone:
+            console.print(f"[bold red]warning[/]  listening on every interface of "
+                          f"{platform.node()}, without a password: whoever reaches port {port} "
+                          "reads these runs", soft_wrap=True)
+        elif command:
+            console.print(f"on your own machine:  {command}", highlight=False, soft_wrap=True)
+        console.print(f"then open  {address}", highlight=False)
     command_line = [sys.executable, "-m", "tensorboard.main", *where, "--port", str(port),
                     "--host", host]
     with subprocess.Popen(command_line) as board:
@@ -53,16 +58,6 @@ def run_tensorboard(console: Console, names: list[str], runs: str, port: int, *,
             return 0
         finally:
             signal.signal(signal.SIGTERM, usual)
-
-
-def _tell(console: Console, address: str, command: str, open_port: int | None) -> None:
-    if open_port is not None:
-        console.print(f"[bold red]warning[/]  listening on every interface of {platform.node()}, "
-                      f"without a password: whoever reaches port {open_port} reads these runs",
-                      soft_wrap=True)
-    elif command:
-        console.print(f"on your own machine:  {command}", highlight=False, soft_wrap=True)
-    console.print(f"then open  {address}", highlight=False)
 
 
 def tunnel(environment: dict[str, str], port: int) -> str:
@@ -89,9 +84,8 @@ def _log_folders(names: list[str], runs: str) -> list[str]:
         if not Path(runs).is_dir():
             raise ConfigError(f"--runs = {runs}: no such folder; name one that holds runs")
         return ["--logdir", runs]
-    folders = {RunPaths(find_run(name, runs).root).name: find_run(name, runs).tensorboard
-               for name in names}
-    return ["--logdir_spec", ",".join(f"{name}:{path}" for name, path in folders.items())]
+    named = [find_run(name, runs) for name in names]
+    return ["--logdir_spec", ",".join(f"{run.name}:{run.tensorboard}" for run in named)]
 
 
 def _check_free(host: str, port: int) -> None:

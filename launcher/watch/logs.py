@@ -10,12 +10,11 @@ import json
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 
 from launcher.journal.events import read_events
 from launcher.watch.status import run_status
@@ -46,7 +45,7 @@ class Entry:
     time: float  # seconds since 1970; 0 before the first stamp of a file
     rank: int
     level: str
-    lines: list[str] = field(default_factory=list)
+    lines: list[str]
 
 
 def wanted(ranks: Sequence[int] = (), grep: str | None = None, since: str | None = None,
@@ -99,7 +98,8 @@ def print_logs(console: Console, run: RunPaths, asked: Wanted = Wanted(), *,
         while True:
             over = run_status(run).over  # asked before reading, so that the last lines are read
             spans = _attempts(run)
-            entries = [entry for file in _files(run, asked)
+            files = map(run.rank_log, asked.ranks) if asked.ranks else run.logs.glob("rank_*.log")
+            entries = [entry for file in sorted(files)
                        for entry in tails.setdefault(file, _Tail(file)).read()]
             for entry in sorted(entries, key=lambda entry: entry.time):
                 number = _attempt_at(spans, entry.time)
@@ -112,18 +112,12 @@ def print_logs(console: Console, run: RunPaths, asked: Wanted = Wanted(), *,
         return
 
 
-def _files(run: RunPaths, asked: Wanted) -> list[Path]:
-    if asked.ranks is not None:
-        return [run.rank_log(rank) for rank in asked.ranks]
-    return sorted(run.logs.glob("rank_*.log"))
-
-
 class _Tail:
     """One rank's log, read on from where the last call ended."""
 
     def __init__(self, file: Path) -> None:
         self._file, self._offset = file, 0
-        self._last = Entry(0.0, int(file.stem.removeprefix("rank_")), "INFO")
+        self._last = Entry(0.0, int(file.stem.removeprefix("rank_")), "INFO", [])
 
     def read(self) -> list[Entry]:
         """The entries of all whole lines since the last call.
@@ -136,14 +130,14 @@ class _Tail:
         end = data.rfind(b"\n") + 1
         self._offset += end
         last = self._last
-        entries = [Entry(last.time, last.rank, last.level)]
+        entries = [Entry(last.time, last.rank, last.level, [])]
         for text in data[:end].decode(errors="replace").splitlines():
             found = _STAMP.match(text)
             if found:
                 # Without a Z, as earlier versions wrote it, it is the local time of a node.
                 moment = datetime.fromisoformat(f"{found[1]}.{found[2]}{found[3]}")
                 level = found[4] if found[4] in LEVELS else "INFO"
-                entries.append(Entry(moment.timestamp(), last.rank, level))
+                entries.append(Entry(moment.timestamp(), last.rank, level, []))
             entries[-1].lines.append(text)
         self._last = entries[-1]
         return [entry for entry in entries if entry.lines]
@@ -174,8 +168,6 @@ def _print(console: Console, entry: Entry, attempt: int | None, as_json: bool) -
             "time": moment, "rank": entry.rank, "attempt": attempt, "level": entry.level,
             "text": "\n".join(entry.lines)}) + "\n")
         return
-    colour = _COLOURS.get(entry.level)
     for line in entry.lines:
-        shown = escape(f"[{entry.rank:04d}] {line}")
-        console.print(f"[{colour}]{shown}[/]" if colour else shown, highlight=False,
-                      soft_wrap=True)
+        console.print(f"[{entry.rank:04d}] {line}", style=_COLOURS.get(entry.level), markup=False,
+                      highlight=False, soft_wrap=True)

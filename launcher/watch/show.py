@@ -22,13 +22,11 @@ def show_status(console: Console, run: str | None, runs: Path, *, watch: bool,
                 as_json: bool) -> int:
     """Print one run in detail or a table of all. Returns the exit code: 1 where the run failed."""
     def current() -> tuple[list[RunStatus], str]:
-        if run is not None:
-            from launcher.frozen.freeze import (
-                find_run,  # imports what a table of all can do without
-            )
+        if run is None:
+            return statuses(find_runs(runs))
+        from launcher.frozen.freeze import find_run  # it imports much that a table does without
 
-            return statuses([find_run(run, str(runs))])
-        return statuses(find_runs(runs))
+        return statuses([find_run(run, str(runs))])
 
     found, note = current()
     if as_json:
@@ -111,26 +109,20 @@ def _row(status: RunStatus) -> dict[str, str]:
 
 def _show(console: Console, found: list[RunStatus], note: str) -> Group:
     """The table, and below it what needs words: causes, and silence of SLURM."""
-    parts: list[Any] = [_table(found, console.width)]
-    parts += [Text(f"{status.name}: {status.cause}", style="red" if status.state == "failed"
+    causes = [Text(f"{status.name}: {status.cause}", style="red" if status.state == "failed"
                    else "yellow") for status in found if status.cause]
-    if note:
-        parts.append(Text(note, style="yellow"))
-    return Group(*parts)
+    return Group(_table(found, console.width), *causes, *([Text(note, "yellow")] if note else []))
 
 
 def _print_history(console: Console, status: RunStatus) -> None:
     for event in status.events:
-        facts = ", ".join(f"{key} {_words(value)}" for key, value in event.items()
+        facts = ", ".join(f"{key} {','.join(map(str, value)) if isinstance(value, list) else value}"
+                          for key, value in event.items()
                           if key not in ("time", "event", "boot", "began", "pids", "port")
                           and value not in ("", [], None))
         moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))
         console.print(f"{moment}  {event['event']:<10} {facts}", markup=False, highlight=False,
                       soft_wrap=True)
-
-
-def _words(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _number(value: float | None, form: str) -> str:

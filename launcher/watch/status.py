@@ -91,13 +91,12 @@ def run_status(run: RunPaths) -> RunStatus:
     step, steps = max(reached), facts.get("steps", 0)
     if state == "running" and attempts:
         step = max([*beats, attempts[-1]["step"]])
-    rate = train.get("images_per_s")
-    eta_s = None
-    if state == "running" and rate:
-        eta_s = max(0, steps - step) * facts.get("batch_size", 0) / rate
+    rate, nodes = train.get("images_per_s"), facts.get("nodes", 0)
+    eta_s = max(0, steps - step) * facts.get("batch_size", 0) / rate \
+        if state == "running" and rate else None
     return RunStatus(
         name=run.name, state=state, cause=cause, job=str(facts.get("job", "")),
-        where=facts.get("where", ""), nodes=_count(facts.get("nodes", 0)),
+        where=facts.get("where", ""), nodes=nodes if isinstance(nodes, int) else len(nodes),
         ranks=facts.get("ranks", 0), step=step, steps=steps, loss=train.get("loss"),
         top1=validation.get("top1"), images_per_s=rate, eta_s=eta_s,
         checkpoint_step=checkpoint.step if checkpoint else None,
@@ -152,38 +151,35 @@ def _open_evaluations(events: Sequence[Event]) -> dict[str, str]:
 
 def _last_metrics(run: RunPaths) -> tuple[dict[str, Any], dict[str, Any]]:
     """The last training and the last validation line; {} where there is none."""
-    found: dict[str, dict[str, Any]] = {"train": {}, "val": {}}
+    found: dict[str, dict[str, Any]] = {}
     try:
         with open(run.metrics, "rb") as file:
             size = file.seek(0, os.SEEK_END)
-            span = _TAIL_BYTES
-            while True:
-                file.seek(max(0, size - span))
-                _scan(file.read(span), found)
-                if all(found.values()) or span >= size:
+            # Validations are rare: the end first, then all.
+            for span in (min(size, _TAIL_BYTES), size):
+                file.seek(size - span)
+                lines = file.read().splitlines()
+                for kind in {"train", "val"} - set(found):
+                    if line := _last(lines, kind):
+                        found[kind] = line
+                if len(found) == 2:
                     break
-                span *= 16  # validations are rare: look further back
     except FileNotFoundError:
         pass
-    return found["train"], found["val"]
+    return found.get("train", {}), found.get("val", {})
 
 
-def _scan(text: bytes, found: dict[str, dict[str, Any]]) -> None:
-    missing = [kind for kind, values in found.items() if not values]
-    marks = {kind: f'"{kind}"'.encode() for kind in missing}
-    for line in reversed(text.splitlines()):
-        if not any(marks[kind] in line for kind in missing):  # hundreds between two validations
-            continue
-        try:
-            values = json.loads(line)
-            kind = values["kind"]
-        except (ValueError, KeyError, TypeError):
-            continue  # a torn line, or the rest of one
-        if kind in missing:
-            found[kind] = values
-            missing.remove(kind)
-        if not missing:
-            return
+def _last(lines: Sequence[bytes], kind: str) -> dict[str, Any]:
+    mark = f'"{kind}"'.encode()
+    for line in reversed(lines):
+        if mark in line:  # hundreds stand between two validations
+            try:
+                values: dict[str, Any] = json.loads(line)
+                if values["kind"] == kind:
+                    return values
+            except (ValueError, KeyError, TypeError):
+                continue  # a torn line, or the rest of one
+    return {}
 
 
 def statuses(runs: Sequence[RunPaths]) -> tuple[list[RunStatus], str]:
@@ -302,7 +298,3 @@ def _last_words(status: RunStatus, state: str) -> str:
     reason = last_error([line for line in lines if ": Exited with exit code" not in line])
     reason = reason or "no word of it, as where launch.setup or launch.modules end the shell"
     return f"{said}: {reason}; see {status.logs}/{status.job}_*.err"
-
-
-def _count(nodes: int | list[str]) -> int:
-    return len(nodes) if isinstance(nodes, list) else nodes
