@@ -138,7 +138,7 @@ def prepare(opened: Source, source: str, dst: Path, config: ConvertConfig,
                          heif_allowed=config.max_rejected,
                          taken_splits=tuple(base.splits) if base else ())
     except SourceError as error:
-        shutil.rmtree(WorkPaths.of(dst).root, ignore_errors=True)
+        shutil.rmtree(WorkPaths(dst).root, ignore_errors=True)
         raise ConfigError(str(error)) from None
 
 
@@ -164,8 +164,8 @@ def run(plan: Plan, workers: int | None, progress: bool,
     """Make the shards that are not done yet. Raises: ConvertError."""
     everything = plan.shards() if shards is None else shards
     todo = [shard for shard in everything if read_record(plan, shard) is None]
-    total = sum(_planned(plan, shard) for shard in everything)
-    missing = sum(_planned(plan, shard) for shard in todo)
+    total = sum(map(plan.samples, everything))
+    missing = sum(map(plan.samples, todo))
     if len(todo) < len(everything):
         log.info("%s: %d of %d shards are done already", plan.dst,
                  len(everything) - len(todo), len(everything))
@@ -184,11 +184,6 @@ def run(plan: Plan, workers: int | None, progress: bool,
                 convert_shard(plan, shard, reader, encoding_of(plan), lambda name: ticker.add(1))
             except (SourceError, OSError) as error:
                 raise ConvertError(f"{shard}: {error}") from None
-
-
-def _planned(plan: Plan, shard: ShardId) -> int:
-    first, last = plan.split(shard.split).rows(shard.index)
-    return last - first
 
 
 @contextmanager
@@ -241,7 +236,7 @@ def _already_there(opened: Source, source: str, dst: Path,
     if not paths.manifest.exists():
         if config.append:
             raise ConfigError(f"append = true: {dst} holds no finished data set to append to")
-        if dst.is_dir() and any(dst.iterdir()) and not WorkPaths.of(dst).root.exists():
+        if dst.is_dir() and any(dst.iterdir()) and not WorkPaths(dst).root.exists():
             raise ConfigError(f"DST = {dst}: is not empty and holds no unfinished conversion; "
                               "name another directory")
         return None

@@ -152,27 +152,21 @@ def _stamp(dst: Path) -> int:
 
 
 def _follow(plan: Plan, finishing: Any, before: int, progress: bool) -> Manifest:
-    shards = plan.shards()
-    sizes = {shard: _size(plan, shard.split, shard.index) for shard in shards}
-    waiting = list(shards)
+    waiting = plan.shards()
     gone_since: float | None = None
-    with Ticker(f"convert {plan.dst.name}", sum(sizes.values()), "images", progress) as ticker:
+    total = sum(map(plan.samples, waiting))
+    with Ticker(f"convert {plan.dst.name}", total, "images", progress) as ticker:
         while _stamp(plan.dst) == before:
             for shard in list(waiting):
                 if read_record(plan, shard) is not None:
                     waiting.remove(shard)
-                    ticker.add(sizes[shard])
+                    ticker.add(plan.samples(shard))
             if finishing.done():
                 gone_since = gone_since or time.monotonic()
                 if time.monotonic() - gone_since > LOST_S or finishing.exception() is not None:
                     raise ConvertError(_reason(plan, finishing))
             time.sleep(POLL_S)
     return load_manifest(plan.dst)
-
-
-def _size(plan: Plan, split: str, index: int) -> int:
-    first, last = plan.split(split).rows(index)
-    return last - first
 
 
 def _reason(plan: Plan, finishing: Any) -> str:

@@ -26,7 +26,6 @@ from resnet_dist.data.shards.beton import MODE_JPEG, Damaged, ShardIndex, digest
 from resnet_dist.data.shards.manifest import Manifest, dump_manifest, load_manifest
 from resnet_dist.run.paths import DatasetPaths
 
-BLOCK = 1 << 22
 IMBALANCE = 100  # images of the largest class for one of the smallest, from which a split is told
 NAMED = 5  # classes or images in a warning
 SAMPLE = np.dtype([("label", "<i8"), ("hash", "<u8")])
@@ -90,7 +89,6 @@ def verify(dst: Path, deep: bool = False, progress: bool = False) -> Report:
         return report
     shards = [(name, shard) for name, split in manifest.splits.items() for shard in split.shards]
     _check_manifest(dst, manifest, report)
-    _check_pixel_mean(dst, manifest, report)
     _check_strays(dst, manifest, report)
     found: dict[str, list[np.ndarray]] = {name: [] for name in manifest.splits}
     with Ticker(f"verify {dst.name}", sum(shard.samples for _, shard in shards), "images",
@@ -221,22 +219,15 @@ def _check_manifest(dst: Path, manifest: Manifest, report: Report) -> None:
     if (text != dump_manifest(manifest).encode()
             or seal != seal_of(manifest)):
         report.problems.append("dataset.json: is not what the conversion wrote")
-    for name, sha256 in manifest.source.get("files", {}).items():
+    files = dict(manifest.source.get("files", {}))
+    if manifest.pixel_mean_sha256 is not None:
+        files[DatasetPaths(dst).pixel_mean.name] = manifest.pixel_mean_sha256
+    for name, sha256 in files.items():
         path = dst / Path(name).name
         if not path.is_file():
             report.problems.append(f"{name}: is missing")
         elif _sha256(path) != sha256:
             report.problems.append(f"{name}: its SHA-256 is not the manifest's")
-
-
-def _check_pixel_mean(dst: Path, manifest: Manifest, report: Report) -> None:
-    if manifest.pixel_mean_sha256 is None:
-        return
-    path = DatasetPaths(dst).pixel_mean
-    if not path.is_file():
-        report.problems.append(f"{path.name}: is missing")
-    elif _sha256(path) != manifest.pixel_mean_sha256:
-        report.problems.append(f"{path.name}: its SHA-256 is not the manifest's")
 
 
 def _check_strays(dst: Path, manifest: Manifest, report: Report) -> None:
@@ -248,11 +239,8 @@ def _check_strays(dst: Path, manifest: Manifest, report: Report) -> None:
 
 
 def _sha256(path: Path) -> str:
-    sha = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            sha.update(block)
-    return sha.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _few(names: Sequence[str]) -> str:

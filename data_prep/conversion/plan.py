@@ -62,37 +62,19 @@ class ShardId:
         return f"{self.split}/shard-{self.index:05d}.beton"
 
 
-@dataclass(frozen=True)
 class WorkPaths:
-    """Files of an unfinished conversion; removed once the manifest is on disk."""
+    """Files of an unfinished conversion into `dst`; removed once the manifest is on disk."""
 
-    root: Path
-
-    @classmethod
-    def of(cls, dst: Path) -> WorkPaths:
-        return cls(dst / ".convert")
-
-    @property
-    def plan(self) -> Path:
-        return self.root / "plan.json"
-
-    @property
-    def rows(self) -> Path:
-        return self.root / "rows.npy"
-
-    @property
-    def names(self) -> Path:
-        return self.root / "names.bin"
-
-    @property
-    def lock(self) -> Path:
-        return self.root / "lock"
+    def __init__(self, dst: Path) -> None:
+        self.root = dst / ".convert"
+        self.plan, self.rows, self.names = (
+            self.root / name for name in ("plan.json", "rows.npy", "names.bin"))
 
     def record(self, shard: ShardId) -> Path:
         return self.root / "records" / f"{shard.split}-{shard.index:05d}.json"
 
     def pixel_sums(self, shard: ShardId) -> Path:
-        return self.root / "records" / f"{shard.split}-{shard.index:05d}.npy"
+        return self.record(shard).with_suffix(".npy")
 
 
 @dataclass(frozen=True)
@@ -114,7 +96,7 @@ class Plan:
 
     @property
     def work(self) -> WorkPaths:
-        return WorkPaths.of(self.dst)
+        return WorkPaths(self.dst)
 
     def shards(self) -> list[ShardId]:
         return [ShardId(split.name, index) for split in self.splits
@@ -122,6 +104,10 @@ class Plan:
 
     def split(self, name: str) -> PlannedSplit:
         return next(split for split in self.splits if split.name == name)
+
+    def samples(self, shard: ShardId) -> int:
+        first, last = self.split(shard.split).rows(shard.index)
+        return last - first
 
     def shard_path(self, shard: ShardId) -> Path:
         return DatasetPaths(self.dst).shard(shard.split, shard.index)
@@ -153,7 +139,7 @@ def make_plan(source: Source, dst: Path, options: dict[str, Any], identity: dict
     Raises: SourceError where the source is damaged, empty, has two readings, or makes no sense to
         learn from.
     """
-    work = WorkPaths.of(dst)
+    work = WorkPaths(dst)
     if work.root.exists():
         shutil.rmtree(work.root)
     (work.root / "records").mkdir(parents=True)
@@ -328,7 +314,7 @@ def _listing(work: WorkPaths, rows: np.ndarray) -> str:
 def load_plan(dst: Path) -> Plan | None:
     """The plan in `dst`, or None where there is none of this version."""
     try:
-        tree = json.loads(WorkPaths.of(dst).plan.read_bytes())
+        tree = json.loads(WorkPaths(dst).plan.read_bytes())
     except (FileNotFoundError, ValueError):
         return None
     if tree.pop("version", None) != PLAN_VERSION:

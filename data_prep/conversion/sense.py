@@ -13,7 +13,6 @@ import numpy as np
 from data_prep.sources.found import SourceError, is_machine_folder, printable, split_words
 from data_prep.sources.readings import IMAGE_FOLDERS, Place
 
-ACCEPT = ("one_class", "few_images", "odd_names", "unequal_classes", "empty_classes")
 ODD_NAMES = IMAGE_FOLDERS | {"annotations", "imagesets", "labels", "data", "masks"}
 SHOWN = 5  # names in a message
 

@@ -6,12 +6,12 @@ They hold no Python lock while they work. `native/*.cpp` have the contracts.
 from __future__ import annotations
 
 import ctypes
-import importlib.machinery
 import re
 from collections.abc import Iterator
 from ctypes import byref, c_char_p, c_int, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import numpy as np
@@ -36,21 +36,18 @@ class _Info(ctypes.Structure):
 @cache
 def _library() -> ctypes.CDLL:
     folder = Path(__file__).parent
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = folder / f"_native{suffix}"
-        if path.exists():
-            break
-    else:
+    found = PathFinder.find_spec("_native", [str(folder)])
+    if found is None or found.origin is None:
         raise ImportError(f"{folder / '_native'}: the native part is not built; run "
                           "`pip install -e .` in the project")
-    library = ctypes.CDLL(str(path))
+    library = ctypes.CDLL(found.origin)
     sizes = ("dp_add_restarts", "dp_transcode", "dp_encode", "dp_reencode", "dp_row_sums")
     for names, result in ((sizes, c_int64), (("dp_last_error",), c_char_p),
                           (("dp_free", "dp_shrink", "dp_sums"), None)):
         for name in names:
             if not hasattr(library, name):
-                raise ImportError(f"{path}: is older than the code that calls it; run `pip install "
-                                  "-e .` in the project again")
+                raise ImportError(f"{found.origin}: is older than the code that calls it; run "
+                                  "`pip install -e .` in the project again")
             getattr(library, name).restype = result
     return library
 

@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +117,7 @@ class Cifar(Source):
             if name in CIFAR_FILES:
                 batches.append((name, file, offset, size, CIFAR_FILES[name][1]))
             elif name in CIFAR_NAMES:
-                data = tars.open_bytes(Path(file)) if file == str(self.path.resolve()) else (
-                    tars.PlainFile(Path(file)))
-                names[name] = data.read_at(offset, size)
-                data.close()
+                names[name] = _bytes_of(file, offset, size)
             else:
                 self.ignored[suffix_of(name)] += 1
         order = {name: index for index, name in enumerate(CIFAR_FILES)}
@@ -133,20 +131,23 @@ class Cifar(Source):
                 if entry.is_file():
                     yield entry.name, str(Path(entry.path).resolve()), 0, entry.stat().st_size
             return
-        data = tars.open_bytes(self.path)
-        try:
+        with closing(tars.open_bytes(self.path)) as data:
             for member in tars.members(data):
                 if member.kind == "file":
                     yield (member.name.rpartition("/")[2], str(self.path.resolve()),
                            member.offset, member.size)
-        finally:
-            data.close()
 
     def fingerprint(self) -> dict[str, Any]:
-        if self.path.is_file():
-            return file_fingerprint([self.path])
-        return file_fingerprint([Path(entry.path) for entry in sorted(
-            os.scandir(self.path), key=lambda entry: entry.name) if entry.is_file()])
+        inside = [self.path] if self.path.is_file() else sorted(
+            entry for entry in self.path.iterdir() if entry.is_file())
+        return file_fingerprint(inside)
+
+
+def _bytes_of(file: str, offset: int, size: int) -> bytes:
+    """Of a member of an archive; at 0, which no member begins at, of a file."""
+    path = Path(file)
+    with closing(tars.PlainFile(path) if offset == 0 else tars.open_bytes(path)) as data:
+        return data.read_at(offset, size)
 
 
 def _class_names(named: tuple[str, bytes], path: Path) -> tuple[str, ...]:
@@ -162,10 +163,7 @@ def _class_names(named: tuple[str, bytes], path: Path) -> tuple[str, ...]:
 
 def _read_batch(file: str, offset: int, size: int, prefix: int) -> tuple[np.ndarray, list[int]]:
     """(uint8 [n, 3072] colour planes, labels) of one batch file."""
-    path = Path(file)
-    data: tars.Bytes = tars.PlainFile(path) if offset == 0 else tars.open_bytes(path)
-    raw = data.read_at(offset, size)
-    data.close()
+    path, raw = Path(file), _bytes_of(file, offset, size)
     if prefix:
         if len(raw) != size or size % (prefix + CIFAR_PIXELS):
             raise SourceError(f"{file}: a batch of {len(raw)} bytes is not whole records")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 from enum import IntEnum
 from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
+from importlib.machinery import EXTENSION_SUFFIXES, PathFinder
 from pathlib import Path
 
 import numpy as np
@@ -52,13 +52,12 @@ JPEG, RAW = 0, 1  # `mode` in FFCV's image metadata
 def library() -> ctypes.CDLL:
     """The shared library. Raises: ImportError where it was not built."""
     folder = Path(__file__).parent
-    for suffix in EXTENSION_SUFFIXES:
-        file = folder / f"_native{suffix}"
-        if file.exists():
-            return ctypes.CDLL(str(file))
-    raise ImportError(
-        f"{folder}/_native{EXTENSION_SUFFIXES[0]} is missing: the decoder was not compiled. "
-        "Install libjpeg62-turbo-dev and libxxhash-dev, then run `pip install -e .` again")
+    found = PathFinder.find_spec("_native", [str(folder)])
+    if found is None or found.origin is None:
+        raise ImportError(
+            f"{folder}/_native{EXTENSION_SUFFIXES[0]} is missing: the decoder was not compiled. "
+            "Install libjpeg62-turbo-dev and libxxhash-dev, then run `pip install -e .` again")
+    return ctypes.CDLL(found.origin)
 
 
 _library = library()

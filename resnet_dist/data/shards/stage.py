@@ -14,11 +14,10 @@ import fcntl
 import hashlib
 import logging
 import os
-import queue
 import shutil
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -127,23 +126,19 @@ class ReadAhead:
 
     def __init__(self, reader: ShardReader):
         self._reader = reader
-        self._batches: queue.SimpleQueue[np.ndarray | None] = queue.SimpleQueue()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="data-readahead")
         self._closed = False
-        self._thread = threading.Thread(target=self._run, daemon=True, name="data-readahead")
-        self._thread.start()
 
     def want(self, ids: np.ndarray) -> None:
         """Samples of a batch that will be decoded some batches later."""
-        self._batches.put(ids)
+        self._pool.submit(self._ask, ids)
 
-    def _run(self) -> None:
-        while (ids := self._batches.get()) is not None:
-            for sample in ids.tolist():
-                if self._closed:
-                    return
-                self._reader.will_need(sample)
+    def _ask(self, ids: np.ndarray) -> None:
+        for sample in ids.tolist():
+            if self._closed:
+                return
+            self._reader.will_need(sample)
 
     def close(self) -> None:
         self._closed = True
-        self._batches.put(None)
-        self._thread.join()
+        self._pool.shutdown(cancel_futures=True)
