@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from launcher.journal.progress import reached
 from launcher.watch.status import run_status
 from resnet_dist.config.load import load_config
 from resnet_dist.run.paths import RunPaths
@@ -86,7 +87,7 @@ def watch(run: RunPaths, steps: int) -> int:
             if status.state in ("finished", "failed", "stopped"):
                 return killed_at
             if killed_at < 0 and status.step > steps / 3 and status.worker_pids:
-                killed_at = last_step_of(run)
+                killed_at = reached(run, 1)
                 os.kill(status.worker_pids[-1], signal.SIGKILL)
                 progress.console.print(f"[yellow]killed rank {len(status.worker_pids) - 1} with "
                                        f"SIGKILL at step {killed_at}; now hands off[/]")
@@ -95,28 +96,21 @@ def watch(run: RunPaths, steps: int) -> int:
     return killed_at
 
 
-def last_step_of(run: RunPaths) -> int:
-    """Newest step that a rank reported in its heartbeat."""
-    return max((int(path.read_text().split()[1]) for path in run.heartbeats.glob("rank_*")),
-               default=0)
-
-
 def report(run: RunPaths, killed_at: int, seconds: float, ranks: int) -> int:
     """Print the closing table. Returns the exit code: 0 where all that was promised was seen."""
     status = run_status(run)
-    top1 = status.top1 if status.top1 is not None else 0.0
+    top1 = status.top1 or 0.0
     recovered = killed_at >= 0 and status.state == "finished" and status.restarts >= 1
     table = Table(title="quickstart", show_header=False)
-    table.add_row("state", status.state + (f": {status.cause}" if status.cause else ""))
-    table.add_row("test accuracy", f"{top1:.2f}% (promised: {TARGET_TOP1:.0f}%)")
-    table.add_row("speed", f"{status.images_per_s or 0:,.0f} images/s on {ranks} rank"
-                           + "s" * (ranks > 1))
-    table.add_row("killed with SIGKILL", f"at step {killed_at}" if killed_at >= 0 else "never")
-    table.add_row("restarts", str(status.restarts))
-    table.add_row("iterations redone", str(status.redone_steps))
-    table.add_row("run directory", str(run.root))
-    table.add_row("curves", f".venv/bin/resnet-dist tensorboard {run.name}")
-    table.add_row("whole quickstart", f"{seconds:.0f} s")
+    for what, value in {
+            "state": status.state + (f": {status.cause}" if status.cause else ""),
+            "test accuracy": f"{top1:.2f}% (promised: {TARGET_TOP1:.0f}%)",
+            "speed": f"{status.images_per_s or 0:,.0f} images/s on {ranks} rank{'s' * (ranks > 1)}",
+            "killed with SIGKILL": f"at step {killed_at}" if killed_at >= 0 else "never",
+            "restarts": str(status.restarts), "iterations redone": str(status.redone_steps),
+            "run directory": str(run.root), "whole quickstart": f"{seconds:.0f} s",
+            "curves": f".venv/bin/resnet-dist tensorboard {run.name}"}.items():
+        table.add_row(what, value)
     console.print(table)
     if not recovered:
         console.print(f"[red]the run did not recover; see {run.logs}[/]")

@@ -21,11 +21,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from launcher.doctor.slurm import Finding, slurm_findings
-from launcher.doctor.slurm import finding as _finding
+from launcher.doctor.slurm import Finding, finding, slurm_findings
+from launcher.slurm.scheduler import ask
 from resnet_dist.config.load import config_from_dict
 from resnet_dist.config.schema import ConfigError
 from resnet_dist.data.shards.manifest import check_dataset
+from resnet_dist.run.atomic import write_atomically
 
 _NATIVE = {
     "torch": ("import torch; print(torch.__version__)", "run `./install.sh` again"),
@@ -56,7 +57,7 @@ def examine(folder: Path = Path(), *, slurm: bool = True, data: str | None = Non
         slurm: also ask the cluster how it is set up.
         data: a data set that should be usable here.
     """
-    findings = [_finding("ok", "python", platform.python_version()),
+    findings = [finding("ok", "python", platform.python_version()),
                 *(_package(name) for name in ("submitit", "tensorboard", "numpy"))]
     findings += [_with_package(_child(name, code, remedy))
                  for name, (code, remedy) in _NATIVE.items()]
@@ -66,22 +67,21 @@ def examine(folder: Path = Path(), *, slurm: bool = True, data: str | None = Non
 
 def show(console: Console, findings: list[Finding]) -> None:
     table = Table("", "what", "found", "remedy", box=None, pad_edge=False)
-    many = any("where" in finding for finding in findings)
+    many = any("where" in each for each in findings)
     if many:
         table.add_column("nodes")
     marks = {"ok": "[green]ok[/]", "problem": "[red]problem[/]", "note": "[yellow]note[/]"}
-    for finding in findings:
-        where = (finding.get("where", ""),) if many else ()
-        table.add_row(marks[finding["state"]], finding["what"], finding["found"],
-                      finding["remedy"], *where)
+    for each in findings:
+        table.add_row(marks[each["state"]], each["what"], each["found"], each["remedy"],
+                      *([each.get("where", "")] if many else []))
     console.print(table)
 
 
 def _package(name: str) -> Finding:
     try:
-        return _finding("ok", name, importlib.metadata.version(name))
+        return finding("ok", name, importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
-        return _finding("problem", name, "not installed", "run `make quickstart` again")
+        return finding("problem", name, "not installed", "run `make quickstart` again")
 
 
 def _child(what: str, code: str, remedy: str) -> Finding:
@@ -90,34 +90,32 @@ def _child(what: str, code: str, remedy: str) -> Finding:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                               timeout=120)
     except subprocess.TimeoutExpired:
-        return _finding("problem", what, "does not load within 120 s", remedy)
+        return finding("problem", what, "does not load within 120 s", remedy)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return _finding("problem", what, reason[:120], remedy)
-    return _finding("ok", what, done.stdout.strip().splitlines()[-1])
+        return finding("problem", what, reason[:120], remedy)
+    return finding("ok", what, done.stdout.strip().splitlines()[-1])
 
 
-def _with_package(finding: Finding) -> Finding:
+def _with_package(tried: Finding) -> Finding:
     """Name the package of a shared library that was not found, and the way without root."""
-    lost = _LOST.search(finding["found"])
-    if finding["state"] != "problem" or not lost:
-        return finding
+    lost = _LOST.search(tried["found"])
+    if tried["state"] != "problem" or not lost:
+        return tried
     package = next((package for start, package in _LIBRARIES.items()
                     if lost[1].startswith(start)), None)
     install = (f"`sudo apt-get install -y --no-install-recommends {package}`, or without root "
                if package else "")
-    return {**finding, "found": f"{lost[1]} is missing",
+    return {**tried, "found": f"{lost[1]} is missing",
             "remedy": f"{install}`./install.sh` again (docs/install.md)"}
 
 
 def _cpus() -> Finding:
-    usable, present = len(os.sched_getaffinity(0)), os.cpu_count() or 1
-    threads = os.environ.get("OMP_NUM_THREADS")
-    found = f"{usable} usable of {present}"
-    if threads:
-        return _finding("ok", "cpus", f"{found}, OMP_NUM_THREADS={threads}",
-                        "the key `threads` decides for training")
-    return _finding("ok", "cpus", found)
+    found = f"{len(os.sched_getaffinity(0))} usable of {os.cpu_count()}"
+    if threads := os.environ.get("OMP_NUM_THREADS"):
+        return finding("ok", "cpus", f"{found}, OMP_NUM_THREADS={threads}",
+                       "the key `threads` decides for training")
+    return finding("ok", "cpus", found)
 
 
 def _gpus() -> list[Finding]:
@@ -129,10 +127,10 @@ def _gpus() -> list[Finding]:
         return [found, *_driver(), _feeding(found["found"].count(",") + 1,
                                             len(os.sched_getaffinity(0)))]
     if shutil.which("nvidia-smi") or any(Path("/dev").glob("nvidia[0-9]*")):
-        return [_finding("problem", "gpus", "the machine has some but torch sees none",
+        return [finding("problem", "gpus", "the machine has some but torch sees none",
                          "install a CUDA build of torch that fits the driver; a run refuses to "
                          "start here without device=cpu"), *_driver()]
-    return [_finding("note", "gpus", "none", "training runs on the CPUs")]
+    return [finding("note", "gpus", "none", "training runs on the CPUs")]
 
 
 def _feeding(gpus: int, cores: int) -> Finding:
@@ -140,24 +138,20 @@ def _feeding(gpus: int, cores: int) -> Finding:
     each = cores / gpus
     found = f"{each:.0f} cores a GPU" if each >= 1 else f"{cores} cores for {gpus} GPUs"
     if each >= _CORES_ENOUGH:
-        return _finding("ok", "feeding", f"{found}: enough for every ResNet-50 recipe")
+        return finding("ok", "feeding", f"{found}: enough for every ResNet-50 recipe")
     what = ("an H200 would wait for images with heavy augmentation or small pictures"
             if each >= _CORES_LEAST else "an H200 would wait for images of any ResNet-50 recipe")
-    return _finding("note", "feeding", f"{found}: {what}",
+    return finding("note", "feeding", f"{found}: {what}",
                     f"{_CORES_LEAST} to {_CORES_ENOUGH} cores a GPU feed it (docs/scaling.md): "
                     "launch.cpus_per_rank asks SLURM for more")
 
 
 def _driver() -> list[Finding]:
-    try:
-        done = subprocess.run(["nvidia-smi", "--query-gpu=driver_version,memory.total",
-                               "--format=csv,noheader"], capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return [_finding("problem", "gpu driver", str(error)[:120], "is the driver loaded?")]
-    if done.returncode:
-        return [_finding("problem", "gpu driver", done.stdout.strip()[:120] or "nvidia-smi failed",
-                         "is the driver loaded?")]
-    return [_finding("ok", "gpu driver", "; ".join(sorted(set(done.stdout.strip().splitlines()))))]
+    said = ask(["nvidia-smi", "--query-gpu=driver_version,memory.total", "--format=csv,noheader"],
+               30)
+    if said is None:
+        return [finding("problem", "gpu driver", "nvidia-smi failed", "is the driver loaded?")]
+    return [finding("ok", "gpu driver", "; ".join(sorted(set(said.splitlines()))))]
 
 
 def _dataset(path: str) -> Finding:
@@ -165,33 +159,26 @@ def _dataset(path: str) -> Finding:
     try:
         manifest = check_dataset(config_from_dict({"name": "doctor", "data": path}))
     except ConfigError as error:
-        return _finding("problem", "data set", str(error), "")
+        return finding("problem", "data set", str(error), "")
     counts = ", ".join(f"{split.samples:,} {name}" for name, split in manifest.splits.items())
-    return _finding("ok", "data set", f"{manifest.name}: {counts}, {manifest.num_classes} classes")
+    return finding("ok", "data set", f"{manifest.name}: {counts}, {manifest.num_classes} classes")
 
 
 def _file_system(folder: Path) -> list[Finding]:
     """Do rename, fsync and locks work where runs would be written?"""
     try:
         with tempfile.TemporaryDirectory(prefix=".doctor-", dir=folder) as scratch:
-            before, after = Path(scratch, "before"), Path(scratch, "after")
-            after.write_text("old")
-            with open(before, "w") as file:
-                file.write("new" * 1_000_000)
-                file.flush()
-                began = time.perf_counter()
-                os.fsync(file.fileno())
-                fsync_s = time.perf_counter() - began
+            began = time.perf_counter()
+            for text in ("old", "new" * 1_000_000):
+                write_atomically(Path(scratch, "file"), text)
+            fsync_s = time.perf_counter() - began
+            with open(Path(scratch, "file")) as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.replace(before, after)
-            directory = os.open(scratch, os.O_RDONLY)
-            os.fsync(directory)
-            os.close(directory)
-            assert after.read_text().startswith("new")
+                assert file.read(3) == "new"
     except OSError as error:
-        return [_finding("problem", "file system", str(error)[:120],
+        return [finding("problem", "file system", str(error)[:120],
                          "write runs to another file system with runs=DIR")]
     free_gb = shutil.disk_usage(folder).free / 1e9
-    return [_finding("ok", "file system", f"rename, fsync (3 MB in {fsync_s * 1e3:.0f} ms), locks"),
-            _finding("ok" if free_gb > 5 else "note", "disk", f"{free_gb:.0f} GB free",
+    return [finding("ok", "file system", f"rename, fsync (3 MB in {fsync_s * 1e3:.0f} ms), locks"),
+            finding("ok" if free_gb > 5 else "note", "disk", f"{free_gb:.0f} GB free",
                      "" if free_gb > 5 else "a ResNet-50 checkpoint takes 0.2 GB")]

@@ -84,7 +84,7 @@ def complete_provenance(run: RunPaths, config: Config) -> None:
     """
     told = read_provenance(run)
     if told["dataset"] is None:
-        write_provenance(run, told | {"dataset": _dataset(check_dataset(config))})
+        write_provenance(run, told | {"dataset": surroundings(check_dataset(config))["dataset"]})
 
 
 def anchored(config: Config) -> Config:
@@ -167,24 +167,25 @@ def provenance(manifest: Manifest | None) -> dict[str, Any]:
         "host": platform.node(),
         "command": sys.argv,
         "commit": _git_commit(),
-        "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "dataset": _dataset(manifest) if manifest else None,
+        **surroundings(manifest),
     }
 
 
-def _dataset(manifest: Manifest) -> dict[str, str]:
-    return {"name": manifest.name, "sha256": manifest_fingerprint(manifest)}
+def surroundings(manifest: Manifest | None) -> dict[str, Any]:
+    """What a run depends on beside its settings and its code."""
+    return {"python": platform.python_version(),
+            "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "dataset": manifest and {"name": manifest.name,
+                                     "sha256": manifest_fingerprint(manifest)}}
 
 
 def _git_commit() -> str | None:
     """Commit of the code that runs, with "+" where the checkout was edited; None outside git."""
     here = Path(__file__).resolve().parents[2]
     try:
-        commit = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], check=True,
-                                capture_output=True, text=True, timeout=10).stdout.strip()
-        dirty = subprocess.run(["git", "-C", str(here), "status", "--porcelain", "-uno"],
-                               check=True, capture_output=True, text=True, timeout=10).stdout
+        commit, dirty = (subprocess.run(["git", "-C", str(here), *words], check=True, text=True,
+                                        capture_output=True, timeout=10).stdout.strip()
+                         for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"]))
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit + ("+" if dirty.strip() else "")
+    return commit + ("+" if dirty else "")

@@ -7,18 +7,16 @@ provenance.json as what the run is from now on and in jobs.jsonl as what happene
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from launcher.frozen.freeze import PACKAGES, read_provenance, write_provenance
+from launcher.frozen.freeze import read_provenance, surroundings, write_provenance
 from launcher.frozen.source import code_fingerprint
 from launcher.journal.events import record
 from resnet_dist.config.load import config_to_dict, flat
 from resnet_dist.config.schema import Config, ConfigError
-from resnet_dist.data.shards.manifest import load_manifest, manifest_fingerprint
+from resnet_dist.data.shards.manifest import load_manifest
 from resnet_dist.run.paths import RunPaths
 
 KINDS = ("config", "code", "data")
@@ -63,10 +61,7 @@ def _now(run: RunPaths, config: Config, code: Path) -> dict[str, Any]:
     manifest = load_manifest(config.data.path) if config.data.path else None
     return {"config": config_to_dict(config),
             "code": {"sha256": code_fingerprint(code)} if code.is_dir() else None,
-            "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-            "python": platform.python_version(),
-            "dataset": {"name": manifest.name, "sha256": manifest_fingerprint(manifest)}
-            if manifest else None}
+            **surroundings(manifest)}
 
 
 def _differences(kind: str, told: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -75,16 +70,12 @@ def _differences(kind: str, told: dict[str, Any], now: dict[str, Any]) -> list[s
         before, after = flat(told.get("config") or {}), flat(now["config"])
         lines = [(key, before[key], after[key]) for key in after if key in before
                  and key not in _PLACES]
-    elif kind == "code":
-        pairs = [("sources", told.get("code"), now["code"])]
-        pairs = [(name, before["sha256"][:12], after["sha256"][:12])
-                 for name, before, after in pairs if before and after]
-        packages = told.get("packages") or {}
-        lines = [*pairs, ("python", told.get("python", now["python"]), now["python"]),
-                 *((name, packages[name], now["packages"][name]) for name in now["packages"]
-                   if name in packages)]
     else:
-        dataset = told.get("dataset")
-        lines = [("fingerprint", dataset["sha256"][:12], now["dataset"]["sha256"][:12])] \
-            if dataset and now["dataset"] else []
+        packages = (told.get("packages") or {}) | {"python": told.get("python", now["python"])}
+        found = now["packages"] | {"python": now["python"]}
+        what, name = ("dataset", "fingerprint") if kind == "data" else ("code", "sources")
+        lines = [(name, told[what]["sha256"][:12], now[what]["sha256"][:12])] \
+            if told.get(what) and now[what] else []
+        lines += [(each, packages[each], found[each]) for each in found
+                  if kind == "code" and each in packages]
     return [f"{what}: {before} -> {after}" for what, before, after in lines if before != after]

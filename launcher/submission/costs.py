@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.filesize import decimal as size
 
 from launcher.slurm.sbatch import gpus_per_node
 from launcher.slurm.scheduler import ask
@@ -119,33 +120,21 @@ def free_bytes(runs: Path) -> int:
     facts = os.statvfs(folder)
     left = [facts.f_bavail * facts.f_frsize]
     if shutil.which("quota"):
-        device = _device(folder)
-        left += [limit - used for name, used, limit in _quotas() if name == device]
+        left += _quota_left(_device(folder))
     return max(0, min(left))
 
 
 def _device(folder: Path) -> str:
     """What is mounted where `folder` lies, as `quota` names it."""
-    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
-    inside = [mount for mount in mounts if folder.is_relative_to(_unescaped(mount[1]))]
-    return max(inside, key=lambda mount: len(mount[1]))[0]
+    return (ask(["df", "--output=source", str(folder)], 10) or "?").split()[-1]
 
 
-def _unescaped(path: str) -> str:
-    return re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), path)
-
-
-def _quotas() -> list[tuple[str, int, int]]:
-    """(file system, bytes used, bytes allowed) of this user where a limit is set."""
+def _quota_left(device: str) -> list[int]:
+    """Bytes that this user has left there, where a limit is set."""
     text = ask(["quota", "-w", "-p"], 10) or ""
-    found = []
-    for line in text.splitlines():
-        words = line.split()
-        if len(words) >= 4 and words[1].rstrip("*").isdigit() and words[3].isdigit():
-            used, soft, hard = (int(word.rstrip("*")) * 1024 for word in words[1:4])
-            if limit := hard or soft:
-                found.append((words[0], used, limit))
-    return found
+    lines = re.findall(rf"^\s*{re.escape(device)}\s+(\d+)\*?\s+(\d+)\*?\s+(\d+)", text, re.M)
+    return [((int(hard) or int(soft)) - int(used)) * 1024 for used, soft, hard in lines
+            if int(hard) or int(soft)]
 
 
 def _measured(config: Config) -> tuple[float, str] | None:
@@ -201,15 +190,6 @@ def _rates(run: RunPaths) -> list[float]:
         except (ValueError, KeyError, TypeError):
             continue  # a validation, or a torn line
     return rates
-
-
-def size(count: float) -> str:
-    """`1234567` -> `1.2 MB`."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:,.1f} TB"
 
 
 def _hours(hours: float) -> str:

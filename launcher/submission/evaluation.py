@@ -9,11 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launcher.frozen.source import quoted
 from launcher.job import RunFailed, refuse_foreign, refuse_other_code
 from launcher.journal.events import read_events, record
-from launcher.slurm.sbatch import executor
-from launcher.submission.submit import handed_to_slurm
+from launcher.submission.submit import queue
 from launcher.supervise.workers import last_error
 from resnet_dist.config.load import load_frozen
 from resnet_dist.config.schema import Config
@@ -33,8 +31,7 @@ class EvalJob:
         refuse_foreign(run)
         refuse_other_code(run)
         ranks = load_frozen(run.config).launch.ranks_per_node
-        words = [event["event"] for event in read_events(run)]
-        if "finished" not in words:
+        if not any(event["event"] == "finished" for event in read_events(run)):
             return self._fail(run, "training has not finished")
         done = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--standalone",
@@ -60,8 +57,6 @@ def queue_evaluation(config: Config, run: RunPaths, job: EvalJob, after: str) ->
     launch = dataclasses.replace(config.launch, nodes=1)
     name = f"eval-{config.name}"[:100]
     one_node = dataclasses.replace(config, name=name, launch=launch)
-    slurm = executor(one_node, run.submitit, run.root, code=quoted(run), after=[after])
-    with handed_to_slurm():
-        number = str(slurm.submit(job).job_id)
+    number = queue(one_node, run, job, [after])
     record(run, "evaluation queued", protocol=job.protocol, eval_job=number)
     return number

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.filesize import decimal as size
 
 from launcher.frozen.freeze import anchored, refuse_taken
 from launcher.slurm.cluster import cluster_problems, unasked_gpus
 from launcher.slurm.sbatch import batch_script, python_command, refuse_inherited
 from launcher.slurm.scheduler import have_slurm
-from launcher.submission.costs import Estimate, estimate, size
+from launcher.submission.costs import Estimate, estimate
 from launcher.submission.submit import one_machine_problems, outside_any_job
 from resnet_dist.config.load import config_to_dict, dump_config
 from resnet_dist.config.schema import Config, ConfigError

@@ -11,7 +11,7 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -76,7 +76,7 @@ def prepare(run: RunPaths) -> None:
         file.write(secrets.token_hex(32))
 
 
-def queue(config: Config, run: RunPaths, job: TrainJob, after: Sequence[str] = ()) -> str:
+def queue(config: Config, run: RunPaths, job: Callable[[], str], after: Sequence[str] = ()) -> str:
     """Hand the job to SLURM; its id. Raises: ConfigError where SLURM refuses it."""
     slurm = executor(config, run.submitit, run.root, code=quoted(run) if run.code.is_dir() else "",
                      after=after)

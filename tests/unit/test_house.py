@@ -60,11 +60,11 @@ ARROWS = {
                            "data_prep.slurm resnet_dist.config resnet_dist.data.shards "
                            "resnet_dist.models.catalog resnet_dist.run",
     "launcher.doctor": "job slurm submission supervise resnet_dist.config "
-                       "resnet_dist.data.shards",
+                       "resnet_dist.data.shards resnet_dist.run",
     "launcher.foreground": "doctor frozen supervise watch resnet_dist.config "
                            "resnet_dist.data.shards resnet_dist.models.catalog resnet_dist.run",
     "launcher.bench": "data_prep.bench resnet_dist.config resnet_dist.data.shards",
-    "launcher.quickstart": "watch resnet_dist.config resnet_dist.run",
+    "launcher.quickstart": "journal watch resnet_dist.config resnet_dist.run",
     "launcher.cli": "bench foreground frozen submission watch data_prep.conversion "
                     "data_prep.convert data_prep.slurm data_prep.verify resnet_dist.config",
 }
