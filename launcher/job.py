@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import stat
 import sys
+from functools import partial
 from pathlib import Path
 
 from launcher.frozen.freeze import complete_provenance
@@ -22,6 +23,7 @@ from launcher.supervise.supervisor import supervise
 from launcher.supervise.workers import train_command
 from resnet_dist.config.load import load_frozen
 from resnet_dist.config.schema import Config, ConfigError
+from resnet_dist.run.file_errors import waited_out
 from resnet_dist.run.paths import RunPaths
 
 REQUEUE_CODE = 77  # where SLURM has RequeueExit=77
@@ -45,10 +47,10 @@ class TrainJob:
         """Returns: "finished", "stopped", "requeued" or "followed". Raises: RunFailed."""
         os.umask(0o077)
         run = RunPaths(Path(self.run_dir))
-        refuse_foreign(run)
+        waited_out(partial(refuse_foreign, run))
         refuse_other_code(run)
         place = here()
-        config = load_frozen(run.config)
+        config = waited_out(partial(load_frozen, run.config))
         if place.node == 0 and run.provenance.exists():
             _check_record(run, config)
         log_to_stderr(place.node)

@@ -4,8 +4,9 @@ Starting and resuming are one path: join the group, restore the newest valid che
 fresh, then  batch -> engine step -> log, evaluate, save when due.  A signal sets a flag; ranks
 agree on it at a step boundary and save together.
 
-Exit codes: 0 finished; 75 saved because asked to stop; 2 bad input; 3 diverged; anything else is a
-crash, which the supervisor answers with a restart from the newest checkpoint.
+Exit codes: 0 finished; 75 saved because asked to stop; 2 bad input; 3 diverged; 74 the node is at
+fault; anything else is a crash, which the supervisor answers with a restart from the newest
+checkpoint.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ from resnet_dist.run.checkpoint import (
     load,
     newest_valid,
 )
+from resnet_dist.run.file_errors import errno_of, node_at_fault, waited_out
 from resnet_dist.run.lease import OWNER, commit_right, holder
 from resnet_dist.run.paths import RunPaths
 from resnet_dist.run.rollback import Rollback, eased, read_rollbacks
@@ -64,7 +66,7 @@ from resnet_dist.watch.trace import Trace
 
 log = logging.getLogger(__name__)
 
-FINISHED, CRASHED, BAD_INPUT, DIVERGED, SAVED = 0, 1, 2, 3, 75
+FINISHED, CRASHED, BAD_INPUT, DIVERGED, NODE, SAVED = 0, 1, 2, 3, 74, 75
 
 
 class Diverged(Exception):
@@ -77,8 +79,8 @@ def train(run: RunPaths, config: Config, world: World, signals: SignalFlag) -> i
     Returns: FINISHED or SAVED; in both cases a checkpoint of the last step is on disk.
     Raises: Diverged, DataError, CheckpointError, ConfigError.
     """
-    manifest = check_dataset(config)
-    rollbacks = read_rollbacks(run)
+    manifest = waited_out(partial(check_dataset, config))
+    rollbacks = waited_out(partial(read_rollbacks, run))
     step, state, before = newest(run, world, rollbacks)
     config = settled(config, world, before)
     if warning := other_sums(config, world, before) if world.rank == 0 else "":
@@ -187,14 +189,14 @@ def newest(run: RunPaths, world: World, rollbacks: Sequence[Rollback]
     """
     step = 0
     if world.rank == 0:
-        clean(run)
-        found = newest_valid(run, rollbacks)
+        waited_out(partial(clean, run))
+        found = waited_out(partial(newest_valid, run, rollbacks))
         step = found[0].step if found else 0
         discard_given_up(run, rollbacks)
     step = broadcast_int(step, world)
     if not step:
         return 0, None, None
-    return step, *load(run.checkpoint(step))
+    return step, *waited_out(partial(load, run.checkpoint(step)))
 
 
 def further(batches: Iterator[Batch], count: int,
@@ -303,6 +305,13 @@ class Heart:
         os.replace(self._temporary, self._path)
 
 
+def failure_code(error: Exception, otherwise: int) -> int:
+    """NODE, CRASHED or `otherwise`: an errno is never bad input."""
+    if node_at_fault(error):
+        return NODE
+    return CRASHED if errno_of(error) else otherwise
+
+
 def main(arguments: list[str]) -> NoReturn:
     """Run one rank on the run directory in `arguments`, and end the process."""
     rank = int(os.environ.get("RANK", 0))
@@ -314,7 +323,7 @@ def main(arguments: list[str]) -> NoReturn:
     run = RunPaths(Path(arguments[0]).absolute())
     try:
         with SignalFlag() as signals:
-            config = load_frozen(run.config)
+            config = waited_out(partial(load_frozen, run.config))
             problems = world_problems(config, int(os.environ.get("WORLD_SIZE", 1)))
             if problems:
                 raise ConfigError("\n".join(problems))
@@ -323,14 +332,14 @@ def main(arguments: list[str]) -> NoReturn:
             shutdown()
     except (ConfigError, DataError, CheckpointError) as error:
         log.error("%s", error)
-        code = BAD_INPUT
+        code = failure_code(error, BAD_INPUT)
     except Diverged as error:
         log.error("%s", error)
         code = DIVERGED
     except Exception as error:
         log.exception("failed")
         log.error("%s: %s", type(error).__name__, " ".join(str(error).split()))
-        code = CRASHED
+        code = failure_code(error, CRASHED)
     # Leave at once: peers over gloo notice the closed connections, and those over NCCL are ended by
     # the supervisor; no destructor can wait for them, and Python's own farewell takes seconds in
     # which the rank would seem to hang.

@@ -16,12 +16,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 
 from launcher.journal.events import Process, read_events, record, restarts_without_progress
 from launcher.journal.progress import checkpoint_step, reached
 from launcher.slurm import scheduler
 from launcher.slurm.scheduler import JobFacts
+from resnet_dist.run.file_errors import NEWS_S, waited_out
 from resnet_dist.run.lease import COMMIT_WAIT_S, holder, locked
 from resnet_dist.run.paths import RunPaths
 
@@ -95,10 +97,11 @@ class Signals:
 
 def note_crash(run: RunPaths, attempt: int, cause: str, max_restarts: int, **more: int) -> str:
     """Record why an attempt ended; why the run must give up, or ""."""
-    record(run, "crashed", attempt=attempt, cause=cause, checkpoint=checkpoint_step(run),
+    step = waited_out(partial(checkpoint_step, run), NEWS_S)
+    record(run, "crashed", attempt=attempt, cause=cause, checkpoint=step,
            reached=reached(run, attempt), **more)
     log.error("attempt %d: %s", attempt, cause)
-    count = restarts_without_progress(read_events(run))
+    count = restarts_without_progress(waited_out(partial(read_events, run), NEWS_S))
     if count <= max_restarts:
         return ""
     return f"{cause} (gave up after {count - 1} restarts without a new checkpoint)"

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import signal
 import sys
 import time
@@ -32,15 +31,15 @@ from launcher.journal.events import (
     LAST_WORDS,
     Process,
     last_attempt,
-    read_events,
     record,
     restarts_without_progress,
-    rollbacks_in_a_row,
 )
-from launcher.journal.progress import checkpoint_step, checkpoint_steps, reached
+from launcher.journal.progress import reached
 from launcher.slurm import scheduler
 from launcher.supervise.attempt import Attempt, Echo
 from launcher.supervise.channel import Hub, Message, address_of_leader, free_port
+from launcher.supervise.divergence import go_back
+from launcher.supervise.folder import Folder
 from launcher.supervise.follower import Follower
 from launcher.supervise.incarnation import (
     GATHER_S,
@@ -59,13 +58,9 @@ from launcher.supervise.incarnation import (
 from launcher.supervise.workers import BAD_INPUT, DIVERGED, FINISHED, Exit, Workers, train_command
 from resnet_dist.config.load import load_frozen
 from resnet_dist.config.schema import Config
-from resnet_dist.run.lease import holder
 from resnet_dist.run.paths import RunPaths
-from resnet_dist.run.rollback import Rollback, add_rollback
 
 log = logging.getLogger(__name__)
-
-LOOK_S = 0.5  # between two looks into the run's folder, which may be a network's
 
 
 class Supervisor:
@@ -85,8 +80,7 @@ class Supervisor:
                                 hang_s=config.launch.hang_s)
         self._hub: Hub | None = None
         self._echo = Echo(run.rank_log(0), echo) if echo else None
-        self._owner = ""
-        self._looked_at = {"stop": 0.0, "lease": 0.0}
+        self._folder = Folder(run)
 
     def run(self) -> Outcome:
         """Run until the incarnation ends. Raises: Held where another one runs the run."""
@@ -97,22 +91,18 @@ class Supervisor:
         place = self._place
         try:
             why = self._gather() if len(place.names) > 1 else ""
-            with lease(self._run, place) as self._owner:
-                self._workers.owner = self._owner
+            with lease(self._run, place) as owner:
+                self._workers.owner = self._folder.owner = owner
                 self._record("started", job=place.job, restart=place.restart, where=place.where,
                              nodes=list(place.names), steps=self._config.steps,
                              batch_size=self._config.batch_size, **Process.this().facts)
-                try:
-                    outcome = self._lost_node(why) if why else self._attempts()
-                except Exception as error:
-                    log.exception("the supervisor itself failed")
-                    outcome = Outcome("failed", f"supervisor: {type(error).__name__}: {error}")
+                outcome = self._lost_node(why) if why else self._outcome()
                 self._workers.kill()
-                if holder(self._run) != self._owner:
-                    log.error("%s runs this run now; ended without a word", holder(self._run))
-                    return Outcome("superseded", holder(self._run))
+                if other := self._folder.successor():
+                    log.error("%s runs this run now; ended without a word", other)
+                    return Outcome("superseded", other)
                 if outcome.kind in LAST_WORDS:
-                    self._record(outcome.kind, cause=outcome.cause, step=checkpoint_step(self._run))
+                    self._record(outcome.kind, cause=outcome.cause, step=self._folder.step())
                 return outcome
         finally:
             self._workers.kill()
@@ -136,19 +126,36 @@ class Supervisor:
             self._hub.accept()
         return ""
 
+    def _outcome(self) -> Outcome:
+        """Of the attempts; what the supervisor itself stumbles over counts as a crash of one."""
+        while True:
+            try:
+                return self._attempts()
+            except Exception as error:
+                log.exception("the supervisor itself failed")
+                why = f"supervisor: {type(error).__name__}: {error}"
+                self._workers.kill()
+                if self._hub:
+                    self._hub.send({"do": "kill"})
+                if verdict := self._note_crash(last_attempt(self._folder.events()), why):
+                    return Outcome("failed", verdict)
+                if self._place.where == "slurm":
+                    return self._requeue(why)
+                self._back_off()
+
     def _attempts(self) -> Outcome:
         while True:
             asked = self._asked_to_stop()
             if asked:  # between attempts there is nothing to save
                 return self._after_stop(asked)
             attempt = self._attempt()
-            if holder(self._run) != self._owner:
+            if self._folder.successor():
                 return Outcome("superseded")
             if all(exit.code == FINISHED for exit in attempt.exits.values()):
                 return Outcome("finished")
             if attempt.stop:
                 self._record("unsaved" if attempt.cause else "saved", attempt=attempt.number,
-                             step=checkpoint_step(self._run), why=attempt.stop, cause=attempt.cause)
+                             step=self._folder.step(), why=attempt.stop, cause=attempt.cause)
                 outcome = self._after_stop(attempt.stop)
                 if outcome.kind != "again":
                     return outcome
@@ -159,50 +166,30 @@ class Supervisor:
                     continue
                 attempt.trouble = "workers saved and left though nobody asked them to"
             if attempt.failure and attempt.failure.code == DIVERGED:
-                if verdict := self._go_back(attempt):
+                if verdict := go_back(self._run, self._folder, attempt, self._config.divergence):
                     return Outcome("failed", verdict, DIVERGED)
                 continue
-            verdict = note_crash(self._run, attempt.number, attempt.cause,
-                                 self._config.launch.max_restarts)
+            verdict = self._note_crash(attempt.number, attempt.cause)
             if attempt.failure and attempt.failure.code == BAD_INPUT:
                 return Outcome("failed", attempt.cause, BAD_INPUT)
             if verdict:
                 return Outcome("failed", verdict)
             if attempt.lost:
                 return self._lost_node(attempt.cause)
-            log.warning("%s; restarting from step %d", attempt.cause, checkpoint_step(self._run))
-            count = restarts_without_progress(read_events(self._run))
-            self._pause(0.5 * (2 ** (count - 1) - 1))
+            log.warning("%s; restarting from step %d", attempt.cause, self._folder.step())
+            self._back_off()
 
-    def _go_back(self, attempt: Attempt) -> str:
-        """Prepare the attempt after a divergence; why the run must give up, or ""."""
-        limits, events = self._config.divergence, read_events(self._run)
-        steps = checkpoint_steps(self._run)
-        newest = steps[0] if steps else 0
-        said = re.search(r"step (\d+):", attempt.cause)
-        step = int(said[1]) if said else reached(self._run, attempt.number)
-        note_crash(self._run, attempt.number, attempt.cause, 0, diverged_at=step)
-        tried = rollbacks_in_a_row(events, newest)
-        if len(tried) >= limits.max_rollbacks:
-            where = ", ".join(str(each["to"]) for each in tried)
-            eased = f" with the learning rate times {limits.lr_factor}" if limits.lr_factor < 1 \
-                else " on the same course"
-            back = f"; tried again from step {where}{eased}" if tried else ""
-            return (f"{attempt.cause}{back}. The run diverges by itself: resume with "
-                    "divergence.lr_factor=0.5, or start another with a lower optimizer.lr, more "
-                    "schedule.warmup_steps or optimizer.clip_norm")
-        # One checkpoint further back each time: the newest may already carry what went wrong.
-        to = steps[min(len(tried), len(steps) - 1)] if steps else 0
-        until = step + limits.lr_steps if limits.lr_factor < 1 else 0
-        add_rollback(self._run, Rollback(step, to, limits.lr_factor, until))
-        self._record("rolled_back", attempt=attempt.number, diverged_at=step, to=to,
-                     checkpoint=newest, lr_factor=limits.lr_factor, until=until)
-        return ""
+    def _note_crash(self, attempt: int, cause: str) -> str:
+        return note_crash(self._run, attempt, cause, self._config.launch.max_restarts)
+
+    def _back_off(self) -> None:
+        count = restarts_without_progress(self._folder.events())
+        self._pause(0.5 * (2 ** min(count - 1, 8) - 1))
 
     def _attempt(self) -> Attempt:
         """Start all workers and wait until all have ended."""
         place, world = self._place, self._config.world
-        events = read_events(self._run)
+        events = self._folder.events()
         number = last_attempt(events) + 1
         # Where a pace that was learned too early has ended attempts in vain, `hang_s` alone counts.
         adaptive = (restarts_without_progress(events)
@@ -216,7 +203,7 @@ class Supervisor:
         if self._echo:
             self._echo.begin()
         pids = self._workers.start(number, world, address, port, adaptive=adaptive)
-        self._record("attempt", attempt=number, step=checkpoint_step(self._run), reached=before,
+        self._record("attempt", attempt=number, step=self._folder.step(), reached=before,
                      ranks=world, address=address, port=port, pids=list(pids.values()))
         kill_at = float("inf")
         while not attempt.over:
@@ -224,7 +211,7 @@ class Supervisor:
             if self._echo:
                 self._echo.more()
             now = time.monotonic()
-            if self._superseded():
+            if self._folder.superseded():
                 self._workers.kill()
                 return attempt
             if attempt.troubled and not attempt.stop:
@@ -302,19 +289,7 @@ class Supervisor:
         """Why the workers should save and leave, or ""."""
         if self._signals.received:
             return self._signals.received[0].name
-        return "stop request" if self._look("stop") and self._run.stop_request.exists() else ""
-
-    def _superseded(self) -> bool:
-        """Whether a later incarnation has taken the run over."""
-        return self._look("lease") and holder(self._run) != self._owner
-
-    def _look(self, what: str) -> bool:
-        """Whether it is time to look again."""
-        now = time.monotonic()
-        if now - self._looked_at[what] < LOOK_S:
-            return False
-        self._looked_at[what] = now
-        return True
+        return "stop request" if self._folder.stop_requested() else ""
 
     def _save_limit_s(self, why: str) -> float:
         """How long saving may take: within SLURM's patience, else as long as a step may take."""

@@ -20,14 +20,16 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from launcher.supervise.memory import limit_text, oom_kills
+from resnet_dist.run.file_errors import waited_out
 from resnet_dist.run.lease import OWNER
 from resnet_dist.run.paths import RunPaths
 
 log = logging.getLogger(__name__)
 
-FINISHED, CRASHED, BAD_INPUT, DIVERGED, SAVED = 0, 1, 2, 3, 75
+FINISHED, CRASHED, BAD_INPUT, DIVERGED, NODE, SAVED = 0, 1, 2, 3, 74, 75
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 RESEND_S = 0.5
 START_S = 180.0  # a rank that has not made a sign of life yet may be importing from a slow disk
@@ -119,8 +121,8 @@ class Workers:
         assert not self._running, "workers of the attempt before still run"
         self._stopping, self._adaptive = False, adaptive
         self._oom_kills = oom_kills()
-        self._run.logs.mkdir(exist_ok=True)
-        self._run.heartbeats.mkdir(exist_ok=True)
+        for folder in (self._run.logs, self._run.heartbeats):
+            waited_out(partial(folder.mkdir, exist_ok=True))
         for local in range(self._count):
             rank = self._first + local
             environment = {
@@ -132,7 +134,7 @@ class Workers:
             }
             if self.owner is not None:
                 environment[OWNER] = self.owner
-            with open(self._run.rank_log(rank), "ab") as output:
+            with waited_out(partial(open, self._run.rank_log(rank), "ab")) as output:
                 self._log_start[rank] = output.seek(0, os.SEEK_END)
                 self._running[rank] = subprocess.Popen(
                     self._command, env=environment, stdin=subprocess.DEVNULL, stdout=output,
@@ -212,11 +214,12 @@ class Workers:
                 return f"ended by {signal.Signals(-code).name}"
             except ValueError:
                 return f"ended by signal {-code}"
-        with open(self._run.rank_log(rank), "rb") as file:
+        path, lines = self._run.rank_log(rank), []
+        with contextlib.suppress(OSError), open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(self._log_start[rank], size - 16_384))
             lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
-        return last_error(lines) or f"exit code {code} without a word; see {file.name}"
+        return last_error(lines) or f"exit code {code} without a word; see {path}"
 
 
 def last_error(lines: Sequence[str]) -> str:

@@ -127,9 +127,9 @@ def load_frozen(path: Path) -> Config:
     """A run's own configuration. Raises: ConfigError where `path` is not one."""
     try:
         text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(f"RUN = {path.parent}: not a run directory (no {path.name}); "
-                          "`resnet-dist status` lists the runs") from None
+                          "`resnet-dist status` lists the runs") from error
     return config_from_dict(yaml.safe_load(text))
 
 

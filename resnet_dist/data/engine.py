@@ -12,9 +12,11 @@ from __future__ import annotations
 import os
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ import torch
 from resnet_dist.data.decode import decoder
 from resnet_dist.data.pipeline import compiled_stage
 from resnet_dist.data.shards.reader import DataError, ShardReader
+from resnet_dist.run import file_errors
 
 _CHUNK = 8  # images of one task: some ms of work, so that threads end a batch together
 _POLL_S = 0.2
@@ -195,10 +198,17 @@ class Engine:
         state = (reader.files, reader.sizes, reader.metadata["f2"],
                  plans.view(np.uint8).reshape(len(ids), decoder.PLAN.itemsize), work.padding,
                  status[:len(ids)], self._check)
-        self._stage(ids, reader.metadata, state, work.images[start:stop], work.labels[start:stop])
-        failed = np.flatnonzero(status[:len(ids)])
-        if len(failed):
+        deadline = time.monotonic() + file_errors.WAIT_S
+        while True:
+            self._stage(ids, reader.metadata, state, work.images[start:stop],
+                        work.labels[start:stop])
+            failed = np.flatnonzero(status[:len(ids)])
+            if not len(failed):
+                break
             sample = int(ids[failed[0]])
+            if status[failed[0]] == decoder.UNREAD and time.monotonic() < deadline:
+                file_errors.waited_out(partial(reader.read_again, sample))
+                continue
             raise DataError(f"{reader.describe(sample)}: {decoder.last_error()}; run "
                             f"`resnet-dist verify {reader.dataset} --deep`, then copy or "
                             "convert that shard again")

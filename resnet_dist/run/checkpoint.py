@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ import safetensors.torch
 from torch import Tensor
 
 from resnet_dist.run.atomic import sync_directory, write_durably
+from resnet_dist.run.file_errors import passes, waited_out
 from resnet_dist.run.paths import CheckpointPaths, RunPaths
 from resnet_dist.run.rollback import Rollback, given_up
 
@@ -121,7 +123,7 @@ class CheckpointWriter:
     def _write(self, step: int, state: EngineState, meta: dict[str, Any]) -> None:
         started = time.monotonic()
         try:
-            size = write(self._run, step, state, meta, self._fence)
+            size = waited_out(partial(write, self._run, step, state, meta, self._fence))
         except Exception as error:  # alarm, keep the old ones, let training go on
             log.error("checkpoint of step %d NOT saved: %s: %s; older checkpoints are intact",
                       step, type(error).__name__, error)
@@ -236,20 +238,21 @@ def newest_valid(run: RunPaths, rollbacks: Sequence[Rollback] = ()
     Raises: CheckpointError where there are checkpoints and none is valid: starting again at step 0
     would throw the run away.
     """
-    damaged = []
+    damaged, trouble = [], None
     for paths in run.checkpoints_on_disk():
         if _given_up(paths, rollbacks):
             continue
         try:
-            return paths, verify(paths)
+            return paths, waited_out(partial(verify, paths))
         except CheckpointError as error:
+            trouble = trouble or (error if passes(error) else None)
             log.error("skipping a damaged checkpoint: %s", error)
             damaged.append(str(error))
     if damaged:
         raise CheckpointError(
             f"no valid checkpoint among {len(damaged)}, and the run is not started over:\n"
             + "\n".join(damaged)
-            + f"\nrestore one, or move {run.checkpoints} away to start at step 0")
+            + f"\nrestore one, or move {run.checkpoints} away to start at step 0") from trouble
     return None
 
 
@@ -304,10 +307,10 @@ def read_record(paths: CheckpointPaths) -> dict[str, Any]:
     try:
         record = json.loads(paths.state.read_bytes())
         whole = record["sha256"] == _record_hash(record)
-    except FileNotFoundError:
-        raise CheckpointError(f"{paths.state}: missing") from None
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{paths.state}: missing") from error
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{paths.state}: unreadable ({error})") from None
+        raise CheckpointError(f"{paths.state}: unreadable ({error})") from error
     if not whole:
         raise CheckpointError(f"{paths.state}: does not match its own SHA-256")
     if record["format"] != FORMAT:
@@ -326,7 +329,7 @@ def _read_checked(path: Path, record: dict[str, Any]) -> bytes:
             raise CheckpointError(f"{path}: {size} bytes, {expected['bytes']} were written")
         content = path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{path}: unreadable ({error.strerror})") from None
+        raise CheckpointError(f"{path}: unreadable ({error.strerror})") from error
     if hashlib.sha256(content).hexdigest() != expected["sha256"]:
         raise CheckpointError(f"{path}: its content does not match the recorded SHA-256")
     return content

@@ -71,7 +71,7 @@ ARROWS = {
 # Of these rooms the launcher and the preparation of data see only what needs no torch.
 TORCH_FREE = ("resnet_dist.run.atomic", "resnet_dist.run.paths", "resnet_dist.run.curves",
               "resnet_dist.run.lease", "resnet_dist.run.rollback",
-              "resnet_dist.data.shards",
+              "resnet_dist.data.shards", "resnet_dist.run.file_errors",
               "resnet_dist.config", "resnet_dist.models.catalog")
 
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

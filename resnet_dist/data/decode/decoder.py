@@ -46,6 +46,7 @@ class Op(IntEnum):
 
 
 JPEG, RAW = 0, 1  # `mode` in FFCV's image metadata
+UNREAD = 5  # `decode`'s answer where the file system gave no bytes
 
 
 @cache

@@ -6,6 +6,7 @@ Imports no torch.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections.abc import Container
@@ -67,14 +68,14 @@ def load_manifest(root: Path | str) -> Manifest:
     Raises: ConfigError where the directory is missing, unfinished, or of another format.
     """
     paths = DatasetPaths(Path(root))
-    if not paths.root.is_dir():
-        raise ConfigError(f"data.path = {root}: no such directory; "
-                          f"`resnet-dist convert SOURCE {root}` makes it")
     try:
         text = paths.manifest.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if not paths.root.is_dir():
+            raise ConfigError(f"data.path = {root}: no such directory; "
+                              f"`resnet-dist convert SOURCE {root}` makes it") from error
         raise ConfigError(f"data.path = {root}: has no dataset.json, so its conversion did not "
-                          "finish; run the same `resnet-dist convert` again") from None
+                          "finish; run the same `resnet-dist convert` again") from error
     try:
         version = json.loads(text).get("format_version")
         if version != FORMAT_VERSION:
@@ -128,7 +129,9 @@ def check_dataset(config: Config) -> Manifest:
             if size != shard.bytes:
                 found = "missing" if size is None else f"{size:,} bytes"
                 raise ConfigError(f"data.path = {config.data.path}: {shard.file} is {found}, "
-                                  f"expected {shard.bytes:,} bytes; copy it again or convert again")
+                                  f"expected {shard.bytes:,} bytes; copy it again or convert again"
+                                  ) from (FileNotFoundError(errno.ENOENT, found) if size is None
+                                          else None)
     return manifest
 
 

@@ -18,12 +18,14 @@ import bisect
 import errno
 import os
 import resource
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
-from resnet_dist.data.shards.beton import SAMPLE, Damaged, read_at, read_index
+from resnet_dist.data.shards.beton import SAMPLE, Damaged, ShardIndex, read_at, read_index
 from resnet_dist.data.shards.manifest import Manifest, load_manifest
+from resnet_dist.run.file_errors import passes
 
 _OTHER_FILES = 256  # that a training process may have open besides
 
@@ -72,16 +74,23 @@ class ShardReader:
             array.setflags(write=False)
 
     def _open(self, index: int) -> None:
-        shard, file = self.shards[index], self._files[index]
+        file = self._files[index]
         try:
             descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             remedy = ("raise `ulimit -n`, or convert to fewer shards with shard_samples"
                       if error.errno in (errno.EMFILE, errno.ENFILE)
                       else "copy the data set again or run `resnet-dist verify`")
-            raise DataError(f"{file}: cannot be opened ({error.strerror}); {remedy}") from None
+            raise DataError(f"{file}: cannot be opened ({error.strerror}); {remedy}") from error
         self._descriptors.append(descriptor)
+        found = self._checked(descriptor, index)
         here = slice(self.first_sample[index], self.first_sample[index + 1])
+        self.metadata[here], self.sizes[here] = found.samples, found.sizes
+        self.files[here] = descriptor
+
+    def _checked(self, descriptor: int, index: int) -> ShardIndex:
+        """A shard's index once every number fits the file and the manifest. Raises: DataError."""
+        shard, file = self.shards[index], self._files[index]
         try:
             length = os.fstat(descriptor).st_size
             if length != shard.bytes:
@@ -98,8 +107,7 @@ class ShardReader:
         except Damaged as damage:
             raise DataError(f"{file}: {damage}; run `resnet-dist verify {file.parents[1]}`, then "
                             "copy or convert this shard again") from None
-        self.metadata[here], self.sizes[here] = found.samples, found.sizes
-        self.files[here] = descriptor
+        return found
 
     def locate(self, sample: int) -> tuple[Path, int]:
         """The shard that holds `sample`, and its number inside that shard."""
@@ -117,18 +125,41 @@ class ShardReader:
             stored = read_at(int(self.files[sample]), start, count)
         except OSError as error:
             raise DataError(f"{self.describe(sample)}: cannot be read ({error.strerror}); check "
-                            "its file system") from None
+                            "its file system") from error
         if stored is None:
             raise DataError(f"{self.describe(sample)}: its shard was cut off while in use; copy "
                             "or convert that shard again")
         return np.frombuffer(stored, np.uint8)
 
+    def read_again(self, sample: int) -> np.ndarray:
+        """As `read`; where that fails, from the shard opened anew: a handle that a server forgot
+        stays stale."""
+        try:
+            return self.read(sample)
+        except DataError as error:
+            if not passes(error):
+                raise
+        index = bisect.bisect_right(self.first_sample, sample) - 1
+        file = self._files[index]
+        try:
+            fresh = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                self._checked(fresh, index)
+                os.dup2(fresh, self._descriptors[index], inheritable=False)
+            finally:
+                os.close(fresh)
+        except OSError as error:
+            raise DataError(f"{file}: cannot be opened ({error.strerror}); check its file system"
+                            ) from error
+        return self.read(sample)
+
     def will_need(self, sample: int) -> None:
         """Ask the kernel to have the bytes of one image in memory soon."""
         if self._descriptors:
-            os.posix_fadvise(int(self.files[sample]),
-                             int(self.metadata["f0"]["data_ptr"][sample]),
-                             int(self.sizes[sample]), os.POSIX_FADV_WILLNEED)
+            with suppress(OSError):  # the read itself will tell
+                os.posix_fadvise(int(self.files[sample]),
+                                 int(self.metadata["f0"]["data_ptr"][sample]),
+                                 int(self.sizes[sample]), os.POSIX_FADV_WILLNEED)
 
     @property
     def labels(self) -> np.ndarray:

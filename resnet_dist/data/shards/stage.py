@@ -58,7 +58,7 @@ def stage(dataset: Path, manifest: Manifest, split: str, scratch: Path,
         remedy = ("free space there or drop data.stage_dir" if error.errno == errno.ENOSPC
                   else "name a folder this user can write, or drop data.stage_dir")
         raise DataError(f"data.stage_dir = {scratch}: {error.strerror} ({error.filename}); "
-                        f"{remedy}") from None
+                        f"{remedy}") from error
     return target
 
 

@@ -19,11 +19,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from resnet_dist.engine.optim import Observed
-from resnet_dist.run import checkpoint
+from resnet_dist.run import checkpoint, file_errors
 from resnet_dist.run.checkpoint import CheckpointError, CheckpointWriter, EngineState
 from resnet_dist.run.paths import RunPaths
 from resnet_dist.run.rollback import Rollback
-from resnet_dist.train import best_checkpoint
+from resnet_dist.train import BAD_INPUT, NODE, best_checkpoint, failure_code
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -176,24 +176,62 @@ def test_a_failed_write_alarms_and_harms_nothing(
     assert same_bits(checkpoint.load(run.checkpoint(3))[0], make_state(3))
 
 
+@pytest.mark.parametrize("once", [True, False])
 @pytest.mark.parametrize("failing", range(6))  # four files, their directory, its parent
-def test_an_fsync_that_fails_reports_no_checkpoint(
-        run: RunPaths, failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_fsync_that_fails_is_tried_again_and_else_reports_no_checkpoint(
+        run: RunPaths, failing: int, once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint.write(run, 1, make_state(1), {})
     calls = []
 
     def fsync(descriptor: int) -> None:
         calls.append(descriptor)
-        if len(calls) == failing + 1:
+        if len(calls) == failing + 1 or (len(calls) > failing and not once):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "fsync", fsync)
-    writer = CheckpointWriter(run, keep_last=1)
+    monkeypatch.setattr(file_errors, "WAIT_S", 0.2)
+    writer = CheckpointWriter(run, keep_last=2)
     writer.save(2, make_state(2), {})
     saved, = writer.wait()
-    assert "Input/output error" in (saved.error or "")
+    if once:
+        assert saved.error is None
+        assert same_bits(checkpoint.load(run.checkpoint(2))[0], make_state(2))
+    else:
+        assert "Input/output error" in (saved.error or "")
     assert same_bits(checkpoint.load(run.checkpoint(1))[0], make_state(1))
     assert not list(run.checkpoints.glob(".tmp*"))
+
+
+def test_a_checkpoint_that_reads_as_an_error_once_is_not_skipped(
+        run: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2):
+        checkpoint.write(run, step, make_state(step), {})
+    plain, failed = Path.read_bytes, set()
+
+    def read_bytes(path: Path) -> bytes:
+        if path.name not in failed:
+            failed.add(path.name)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return plain(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    found = checkpoint.newest_valid(run)
+    assert found is not None
+    assert found[0].step == 2
+
+
+def test_checkpoints_that_cannot_be_read_are_no_bad_input(
+        run: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.write(run, 1, make_state(1), {})
+
+    def read_bytes(path: Path) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    monkeypatch.setattr(file_errors, "WAIT_S", 0.2)
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.newest_valid(run)
+    assert failure_code(caught.value, BAD_INPUT) == NODE
 
 
 def test_a_full_disk_alarms_and_harms_nothing(tmp_path: Path) -> None:
