@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from launcher.cli.words import Json, Overrides, console, errors
+from launcher.cli.words import Json, Overrides, console, errors, rows
 
 
 def convert(
@@ -37,19 +37,14 @@ def convert(
 
     def tell(plan: dict[str, Any]) -> None:
         if not as_json:
-            for what, value in lines(plan):
-                console.print(f"{what:>12}  {value}", highlight=False, markup=False,
-                              soft_wrap=True)
+            rows(lines(plan))
 
     if dry_run:
         plan = planned(source, dst, checked)
         print(json.dumps(plan)) if as_json else tell(plan)
         return
-    if slurm:
-        manifest = convert_slurm(source, dst, checked, progress=True, tell=tell)
-        assert manifest is not None, "it waited"
-    else:
-        manifest = convert(source, dst, checked, progress=True, tell=tell)
+    manifest = (convert_slurm if slurm else convert)(source, dst, checked, progress=True, tell=tell)
+    assert manifest is not None, "it waited"
     if as_json:
         print(json.dumps({"dataset": str(dst), "classes": manifest.num_classes, "splits": {
             name: split.samples for name, split in manifest.splits.items()}}))
@@ -75,8 +70,7 @@ def verify(
     if as_json:
         print(json.dumps(report.as_json()))
     else:
-        for what, value in report.summary_rows():
-            console.print(f"{what:>12}  {value}", highlight=False, markup=False)
+        rows(report.summary_rows())
         for warning in report.warnings:
             errors.print(f"[yellow]warning[/]  {escape(warning)}", soft_wrap=True)
         for problem in report.problems:

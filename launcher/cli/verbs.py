@@ -68,7 +68,7 @@ def submit(
     """
     from launcher.submission import campaign, preflight
 
-    order = campaign.Order(
+    order = preflight.Order(
         config, tuple(options or ()), local=local, sweep=tuple(sweep or ()), parallel=parallel,
         convert=convert, evaluate=tuple(evaluate or ()), after=tuple(after or ()),
         trust_slurm=trust_slurm)
@@ -142,10 +142,10 @@ def logs(
     Example: `resnet-dist logs resnet50 --level warning --since 2h`
     """
     from launcher.frozen.freeze import find_run
-    from launcher.watch.logs import print_logs, wanted
+    from launcher.watch.logs import print_logs
 
-    print_logs(console, find_run(run, runs), wanted(rank or (), grep, since, level, attempt),
-               follow=follow, as_json=as_json)
+    print_logs(console, find_run(run, runs), ranks=rank or (), grep=grep, since=since, level=level,
+               attempt=attempt, follow=follow, as_json=as_json)
 
 
 @app.command()

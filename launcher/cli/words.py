@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,12 @@ def tell(as_json: bool, facts: object, words: str) -> None:
         sys.stdout.write(json.dumps(facts) + "\n")
     else:
         console.print(words, highlight=False, soft_wrap=True)
+
+
+def rows(pairs: Iterable[tuple[str, object]]) -> None:
+    """What is what, a line each."""
+    for what, value in pairs:
+        console.print(f"{what:>12}  {value}", highlight=False, markup=False, soft_wrap=True)
 
 
 Recipe = Annotated[Path, typer.Argument(metavar="CONFIG", help="a recipe from configs/",

@@ -21,7 +21,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from launcher.doctor.slurm import Finding, finding, slurm_findings
+from launcher.doctor.slurm import Finding, finding, slurm_findings, verdict
 from launcher.slurm.scheduler import ask
 from resnet_dist.config.load import config_from_dict
 from resnet_dist.config.schema import ConfigError
@@ -180,5 +180,5 @@ def _file_system(folder: Path) -> list[Finding]:
                          "write runs to another file system with runs=DIR")]
     free_gb = shutil.disk_usage(folder).free / 1e9
     return [finding("ok", "file system", f"rename, fsync (3 MB in {fsync_s * 1e3:.0f} ms), locks"),
-            finding("ok" if free_gb > 5 else "note", "disk", f"{free_gb:.0f} GB free",
-                     "" if free_gb > 5 else "a ResNet-50 checkpoint takes 0.2 GB")]
+            verdict(free_gb > 5, "disk", f"{free_gb:.0f} GB free",
+                    "a ResNet-50 checkpoint takes 0.2 GB", "note")]

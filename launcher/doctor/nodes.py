@@ -23,7 +23,7 @@ from typing import Any
 from rich.console import Console
 
 from launcher.doctor.machine import examine
-from launcher.doctor.slurm import Finding, finding
+from launcher.doctor.slurm import Finding, finding, verdict
 from launcher.job import here
 from launcher.slurm.cluster import cluster_problems
 from launcher.slurm.sbatch import executor
@@ -97,30 +97,28 @@ def between_nodes(found: dict[str, Any], nodes: int) -> Iterator[Finding]:
             f"ResNet-50's gradient in {seconds * 1e3:.0f} ms, {speed:.2f} GB/s")
     if nodes > 1 and links:
         expected = min(links)
-        slow = speed < 0.3 * expected
-        yield finding("problem" if slow else "ok", "all-reduce",
+        yield verdict(speed >= 0.3 * expected, "all-reduce",
                       f"{text} of the link's {expected:.1f}",
-                      "another interface? NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME in "
-                      "launch.environment; NCCL_DEBUG=INFO tells which is used" if slow else "")
+                      _INTERFACE + "; NCCL_DEBUG=INFO tells which is used")
     else:
-        slow = seconds > _SLOW_S and found["ranks"] > 1
-        yield finding("note" if slow else "ok", "all-reduce", text + ", link speed unknown",
-                      "each step exchanges a gradient of that size" if slow else "")
+        yield verdict(seconds <= _SLOW_S or found["ranks"] == 1, "all-reduce",
+                      text + ", link speed unknown",
+                      "each step exchanges a gradient of that size", "note")
     if found["backend"] == "gloo":
         yield finding("note", "NCCL", "not tried: no GPUs on these nodes", "")
     skew = found["clock_skew_s"]
-    yield finding("ok" if skew < _SKEW_S else "problem", "clocks", f"{skew * 1e3:.0f} ms apart",
-                  "" if skew < _SKEW_S else "let the nodes keep time (chrony, ntpd): logs are "
-                  "merged, and ages told, by the clock")
+    yield verdict(skew < _SKEW_S, "clocks", f"{skew * 1e3:.0f} ms apart", "let the nodes keep time "
+                  "(chrony, ntpd): logs are merged, and ages told, by the clock")
     seen, lock = found["folder"]["seen_s"], found["folder"]["lock"]
-    yield finding("problem" if seen is None else "ok" if seen < 5 else "note", "shared folder",
-                  "a renamed file is not seen on all nodes" if seen is None else
-                  f"a renamed file is seen on all nodes within {seen:.1f} s",
-                  "" if seen is not None else "name a folder that all nodes mount: runs=DIR")
-    yield finding("ok" if lock else "problem", "shared locks",
-                  "held between nodes" if lock else "not kept between nodes",
-                  "" if lock else "mount with locks (NFS: without nolock; Lustre: -o flock): they "
-                  "keep two jobs from running one run")
+    if seen is None:
+        yield finding("problem", "shared folder", "a renamed file is not seen on all nodes",
+                      "name a folder that all nodes mount: runs=DIR")
+    else:
+        yield finding("ok" if seen < 5 else "note", "shared folder",
+                      f"a renamed file is seen on all nodes within {seen:.1f} s")
+    yield verdict(lock, "shared locks", f"{'held' if lock else 'not kept'} between nodes",
+                  "mount with locks (NFS: without nolock; Lustre: -o flock): they keep two jobs "
+                  "from running one run")
 
 
 def examine_nodes(console: Console, overrides: Sequence[str]) -> list[Finding]:

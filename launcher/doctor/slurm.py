@@ -19,6 +19,11 @@ def finding(state: str, what: str, found: str, remedy: str = "") -> Finding:
     return {"state": state, "what": what, "found": found, "remedy": remedy}
 
 
+def verdict(good: bool, what: str, found: str, remedy: str, bad: str = "problem") -> Finding:
+    """ok without a remedy, or `bad` with it."""
+    return finding("ok", what, found) if good else finding(bad, what, found, remedy)
+
+
 def slurm_findings() -> list[Finding]:
     """The client programs, the controller, accounting, and the settings that matter to a run."""
     if not shutil.which("sbatch"):
@@ -42,17 +47,16 @@ def judged(settings: dict[str, str]) -> Iterator[Finding]:
     requeue = settings.get("JobRequeue", "1")
     yield finding("ok", "slurm JobRequeue", requeue, "" if requeue != "0" else
                   "off by default, but every job here asks for --requeue itself")
-    wait = _seconds(settings.get("KillWait", "30"))
-    yield finding("ok" if wait >= _SAVE_S else "note", "slurm KillWait", f"{wait} s",
-                  "" if wait >= _SAVE_S else
-                  f"a checkpoint must be written within {wait} s of scancel or requeue; keep "
-                  "checkpoint.every_steps small")
+    wait = int((re.findall(r"^\d+", settings.get("KillWait", "30")) or [0])[0])
+    yield verdict(wait >= _SAVE_S, "slurm KillWait", f"{wait} s", "a checkpoint must be written "
+                  f"within {wait} s of scancel or requeue; keep checkpoint.every_steps small",
+                  "note")
     mode = settings.get("PreemptMode", "OFF")
     remedy = {"CANCEL": "a preempted job is not queued again by SLURM; the run does it itself "
                         "where it is warned (GraceTime, send_user_signal)",
               "SUSPEND": "a suspended job keeps its memory and its GPUs' contents"}
-    yield finding("note" if mode.split(",")[0] in remedy else "ok", "slurm PreemptMode", mode,
-                  remedy.get(mode.split(",")[0], ""))
+    said = remedy.get(mode.split(",")[0], "")
+    yield verdict(not said, "slurm PreemptMode", mode, said, "note")
     parameters = settings.get("PreemptParameters", "(null)")
     warned = "send_user_signal" in parameters
     yield finding("ok", "slurm PreemptParameters", parameters, "" if warned or mode == "OFF" else
@@ -77,12 +81,6 @@ def _partitions() -> Iterator[Finding]:
 def _accounting() -> Finding:
     if not shutil.which("sacct"):
         return finding("problem", "slurm sacct", "missing", "submitit needs it")
-    if ask(["sacct", "--noheader", "--allocations", "--jobs", "1"], 10) is None:
-        return finding("note", "slurm sacct", "does not answer",
-                       "`status` knows ended jobs from the runs' files alone")
-    return finding("ok", "slurm sacct", "answers")
-
-
-def _seconds(text: str) -> int:
-    found = re.match(r"\d+", text)
-    return int(found[0]) if found else 0
+    silent = ask(["sacct", "--noheader", "--allocations", "--jobs", "1"], 10) is None
+    return verdict(not silent, "slurm sacct", "does not answer" if silent else "answers",
+                   "`status` knows ended jobs from the runs' files alone", "note")

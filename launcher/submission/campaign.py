@@ -29,7 +29,7 @@ from launcher.journal.events import record
 from launcher.slurm.sbatch import environment_lines, executor
 from launcher.slurm.scheduler import cancel, have_slurm
 from launcher.submission.evaluation import EvalJob, queue_evaluation
-from launcher.submission.preflight import Plan, check, dry_run
+from launcher.submission.preflight import Order, Plan, check, dry_run
 from launcher.submission.submit import announce, handed_to_slurm, submit
 from launcher.watch.status import run_status
 from resnet_dist.config.load import load_config
@@ -39,21 +39,6 @@ from resnet_dist.run.paths import RunPaths
 
 CONVERT_PREFIX = "convert."
 _NOT_SWEPT = ("name", "runs", "data", "launch", "cluster")
-
-
-@dataclass(frozen=True)
-class Order:
-    """What `submit` was asked for."""
-
-    recipe: Path
-    overrides: tuple[str, ...] = ()
-    local: bool = False
-    sweep: tuple[str, ...] = ()  # KEY=VALUE,VALUE
-    parallel: int | None = None  # tasks of the sweep's array at once
-    convert: str | None = None  # a source: the data set is made first
-    evaluate: tuple[str, ...] = ()  # protocols
-    after: tuple[str, ...] = ()  # runs or job ids to wait for
-    trust_slurm: bool = False  # the cluster is not judged here
 
 
 @dataclass(frozen=True)
@@ -97,8 +82,7 @@ def submit_order(order: Order) -> list[Submitted]:
     members = configurations(order)
     first = members[0][1]
     after = _jobs(order.after, first.runs)
-    cost = check(first, local=order.local, dataset=order.convert is None, runs=len(members),
-                 cluster=not order.trust_slurm)
+    cost = check(first, order, runs=len(members))
     identity = {"id": f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"}
     runs: list[RunPaths] = []
     conversion: tuple[str, ...] = ()
@@ -139,8 +123,7 @@ def plan_order(order: Order) -> Plan:
     """What `submit` would do, shown by the first run. Raises: ConfigError."""
     members = configurations(order)
     after = _jobs(order.after, members[0][1].runs)
-    return dry_run(members[0][1], local=order.local, after=after, dataset=order.convert is None,
-                   runs=len(members), cluster=not order.trust_slurm)
+    return dry_run(members[0][1], order, after, runs=len(members))
 
 
 def configurations(order: Order) -> list[tuple[dict[str, str], Config]]:

@@ -30,20 +30,31 @@ from resnet_dist.data.shards.manifest import check_dataset
 from resnet_dist.run.paths import RunPaths
 
 
-def check(config: Config, *, local: bool, dataset: bool = True, runs: int = 1,
-          cluster: bool = True) -> Estimate:
-    """What one run will cost. Raises: ConfigError with one line a problem.
+@dataclass(frozen=True)
+class Order:
+    """What `submit` was asked for."""
 
-    Args:
-        runs: how many like it are submitted together.
-        cluster: False leaves it to SLURM whether the cluster can do it.
-        local: no cluster is asked.
-        dataset: False where a conversion that is queued before will make it.
-    """
-    manifest = check_dataset(config) if dataset else None
+    recipe: Path
+    overrides: tuple[str, ...] = ()
+    local: bool = False
+    sweep: tuple[str, ...] = ()  # KEY=VALUE,VALUE
+    parallel: int | None = None  # tasks of the sweep's array at once
+    convert: str | None = None  # a source: the data set is made first
+    evaluate: tuple[str, ...] = ()  # protocols
+    after: tuple[str, ...] = ()  # runs or job ids to wait for
+    trust_slurm: bool = False  # the cluster is not judged here
+
+
+def check(config: Config, order: Order, runs: int = 1) -> Estimate:
+    """What one of so many runs will cost. Raises: ConfigError with one line a problem."""
+    manifest = check_dataset(config) if order.convert is None else None
     refuse_taken(config)
-    slurm = have_slurm() and not local
-    problems = _job_problems(config, cluster, runs) if slurm else one_machine_problems(config)
+    slurm = have_slurm() and not order.local
+    problems = [] if slurm else one_machine_problems(config)
+    if slurm:
+        python_command(config, None)  # a container that is not there
+        refuse_inherited()
+        problems += [] if order.trust_slurm else cluster_problems(config, runs)
     cost = estimate(config, manifest)
     if cost.disk_bytes * runs > cost.free_bytes:
         problems.append(
@@ -53,13 +64,7 @@ def check(config: Config, *, local: bool, dataset: bool = True, runs: int = 1,
             "fewer with checkpoint.keep_last=1")
     if problems:
         raise ConfigError("\n".join(problems))
-    return replace(cost, note=unasked_gpus(config)) if slurm and cluster else cost
-
-
-def _job_problems(config: Config, cluster: bool, runs: int) -> list[str]:
-    python_command(config, None)  # a container that is not there
-    refuse_inherited()
-    return cluster_problems(config, runs) if cluster else []
+    return replace(cost, note=unasked_gpus(config)) if slurm and not order.trust_slurm else cost
 
 
 @dataclass(frozen=True)
@@ -76,15 +81,13 @@ class Plan:
                 "estimate": self.cost.as_json()}
 
 
-def dry_run(config: Config, *, local: bool, after: Sequence[str] = (), dataset: bool = True,
-            runs: int = 1, cluster: bool = True) -> Plan:
+def dry_run(config: Config, order: Order, after: Sequence[str], runs: int) -> Plan:
     """The plan; nothing is queued and no run directory made. Raises: ConfigError."""
-    cost = check(config, local=local, dataset=dataset, runs=runs, cluster=cluster)
+    cost = check(config, order, runs)
     config = anchored(config)
-    if local or not have_slurm():
+    if order.local or not have_slurm():
         return Plan(config, None, "", cost)
-    script = batch_script(config, RunPaths(Path(config.runs) / str(config.name)),
-                          after)
+    script = batch_script(config, RunPaths(Path(config.runs) / str(config.name)), after)
     return Plan(config, script, _asked_slurm(script), cost)
 
 
@@ -92,22 +95,14 @@ def show(console: Console, plan: Plan, *, as_json: bool) -> None:
     if as_json:
         console.file.write(json.dumps(plan.as_json()) + "\n")
         return
-    _title(console, "resolved configuration")
-    console.print(dump_config(plan.config), markup=False, highlight=False, end="", soft_wrap=True)
-    _title(console, "batch script")
-    console.print(plan.script or "none: the job would run on this machine", markup=False,
-                  highlight=False, end="", soft_wrap=True)
-    _title(console, "\nestimate")
-    for what, how_much in plan.cost.rows(plan.config):
-        console.print(f"{what:>12}  {how_much}", markup=False, highlight=False, soft_wrap=True)
-    if plan.slurm:
-        console.print(f"{'SLURM':>12}  {plan.slurm}", markup=False, highlight=False,
-                      soft_wrap=True)
-    console.print(f"{'dry run':>12}  nothing was queued", highlight=False)
-
-
-def _title(console: Console, text: str) -> None:
-    console.print(f"[bold]{text}[/]", highlight=False)
+    rows = [*plan.cost.rows(plan.config), *([("SLURM", plan.slurm)] if plan.slurm else []),
+            ("dry run", "nothing was queued")]
+    for title, text in {
+            "resolved configuration": dump_config(plan.config),
+            "batch script": plan.script or "none: the job would run on this machine\n",
+            "estimate": "".join(f"{what:>12}  {value}\n" for what, value in rows)}.items():
+        console.print(f"[bold]{title}[/]")
+        console.print(text, markup=False, highlight=False, end="", soft_wrap=True)
 
 
 def _asked_slurm(script: str) -> str:

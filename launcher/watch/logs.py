@@ -29,37 +29,12 @@ _COLOURS = {"WARNING": "yellow", "ERROR": "red", "CRITICAL": "bold red"}
 _POLL_S = 0.5
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """Which entries are shown; None: all."""
-
-    ranks: tuple[int, ...] | None = None
-    pattern: re.Pattern[str] | None = None
-    since: float = 0.0  # seconds since 1970
-    level: str | None = None  # at least
-    attempt: int | None = None
-
-
 @dataclass
 class Entry:
     time: float  # seconds since 1970; 0 before the first stamp of a file
     rank: int
     level: str
     lines: list[str]
-
-
-def wanted(ranks: Sequence[int] = (), grep: str | None = None, since: str | None = None,
-           level: str | None = None, attempt: int | None = None) -> Wanted:
-    """The filter that a user's options ask for. Raises: ConfigError."""
-    if level is not None and level.upper() not in LEVELS:
-        raise ConfigError(f"--level = {level}: pick one of {', '.join(LEVELS).lower()}")
-    try:
-        pattern = None if grep is None else re.compile(grep)
-    except re.error as error:
-        raise ConfigError(f"--grep = {grep}: not a regular expression ({error}); escape "
-                          "special characters with \\") from None
-    return Wanted(tuple(ranks) or None, pattern, _moment(since) if since else 0.0,
-                  level.upper() if level else None, attempt)
 
 
 def _moment(since: str) -> float:
@@ -73,23 +48,35 @@ def _moment(since: str) -> float:
                           "as '2026-11-21 11:30'") from None
 
 
-def print_logs(console: Console, run: RunPaths, asked: Wanted = Wanted(), *,
-               follow: bool = False, as_json: bool = False) -> None:
-    """Print the ranks' entries in the order of their stamps.
+def print_logs(console: Console, run: RunPaths, *, ranks: Sequence[int] = (),
+               grep: str | None = None, since: str | None = None, level: str | None = None,
+               attempt: int | None = None, follow: bool = False, as_json: bool = False) -> None:
+    """Print the ranks' entries in the order of their stamps; by default all of them.
 
     Args:
+        grep: a regular expression that a line of the entry has.
+        since: an age, or a moment.
+        level: at least.
         follow: go on as lines arrive, until the run is over or Ctrl-C.
         as_json: one object an entry.
 
-    Raises: ConfigError where a rank has no log, or the run no such attempt.
+    Raises: ConfigError where a filter is none, a rank has no log, or the run no such attempt.
     """
-    for rank in asked.ranks or ():
+    if level is not None and level.upper() not in LEVELS:
+        raise ConfigError(f"--level = {level}: pick one of {', '.join(LEVELS).lower()}")
+    try:
+        pattern = re.compile(grep or "")
+    except re.error as error:
+        raise ConfigError(f"--grep = {grep}: not a regular expression ({error}); escape "
+                          "special characters with \\") from None
+    for rank in ranks:
         if not run.rank_log(rank).exists():
             raise ConfigError(f"--rank = {rank}: no log of it in {run.logs}")
+    least, earliest = LEVELS.index((level or "debug").upper()), _moment(since) if since else 0.0
     spans = _attempts(run)
-    if asked.attempt is not None and asked.attempt not in spans and not follow:
+    if attempt is not None and attempt not in spans and not follow:
         have = ", ".join(map(str, spans)) or "none yet"
-        raise ConfigError(f"--attempt = {asked.attempt}: {run.name} has {have}")
+        raise ConfigError(f"--attempt = {attempt}: {run.name} has {have}")
     if not any(run.logs.glob("rank_*.log")) and not follow:
         console.print(f"no logs yet in {run.logs}; `resnet-dist status {run.name}` says why")
         return
@@ -98,12 +85,14 @@ def print_logs(console: Console, run: RunPaths, asked: Wanted = Wanted(), *,
         while True:
             over = run_status(run).over  # asked before reading, so that the last lines are read
             spans = _attempts(run)
-            files = map(run.rank_log, asked.ranks) if asked.ranks else run.logs.glob("rank_*.log")
+            files = map(run.rank_log, ranks) if ranks else run.logs.glob("rank_*.log")
             entries = [entry for file in sorted(files)
                        for entry in tails.setdefault(file, _Tail(file)).read()]
             for entry in sorted(entries, key=lambda entry: entry.time):
-                number = _attempt_at(spans, entry.time)
-                if _shown(entry, asked, number):
+                number = max((each for each, began in spans.items() if began <= entry.time),
+                             default=None)
+                if entry.time >= earliest and LEVELS.index(entry.level) >= least \
+                        and attempt in (None, number) and any(map(pattern.search, entry.lines)):
                     _print(console, entry, number, as_json)
             if not follow or over:
                 return
@@ -143,22 +132,10 @@ class _Tail:
         return [entry for entry in entries if entry.lines]
 
 
-def _shown(entry: Entry, asked: Wanted, attempt: int | None) -> bool:
-    return (entry.time >= asked.since
-            and (asked.level is None or LEVELS.index(entry.level) >= LEVELS.index(asked.level))
-            and (asked.attempt is None or attempt == asked.attempt)
-            and (asked.pattern is None or any(asked.pattern.search(line) for line in entry.lines)))
-
-
 def _attempts(run: RunPaths) -> dict[int, float]:
     """When the workers of every attempt were started."""
     return {event["attempt"]: event["time"] for event in read_events(run)
             if event["event"] == "attempt"}
-
-
-def _attempt_at(spans: dict[int, float], moment: float) -> int | None:
-    """The attempt whose workers ran then; None before the first."""
-    return max((number for number, began in spans.items() if began <= moment), default=None)
 
 
 def _print(console: Console, entry: Entry, attempt: int | None, as_json: bool) -> None:

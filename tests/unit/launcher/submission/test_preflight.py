@@ -23,10 +23,10 @@ from launcher.slurm.cluster import cluster_problems, minutes, partitions
 from launcher.slurm.sbatch import batch_script, python_command, sbatch_parameters
 from launcher.slurm.scheduler import cancel
 from launcher.submission import costs
-from launcher.submission.campaign import Order, plan_order, submit_order
+from launcher.submission.campaign import plan_order, submit_order
 from launcher.submission.control import resume
 from launcher.submission.costs import estimate, free_bytes
-from launcher.submission.preflight import check
+from launcher.submission.preflight import Order, check
 from launcher.submission.submit import handed_to_slurm
 from resnet_dist.config.load import config_from_dict, dump_config, load_config, load_frozen
 from resnet_dist.config.profiles import KEYS, load_profile, profile_folders, profile_names
@@ -398,7 +398,7 @@ def test_a_full_disk_and_a_used_up_quota_are_told(digits: Path, tmp_path: Path, 
                            f"echo '  {device}  900 800* 1000 6days 5 0 0'")
     assert free_bytes(tmp_path / "runs") == 100 * 1024
     with pytest.raises(ConfigError) as refused:
-        check(config, local=True)
+        check(config, Order(RECIPE, local=True))
     assert f"runs = {tmp_path}/runs: 4 checkpoints of 2.3 MB need 9.2 MB, 102.4 kB are left" \
         in str(refused.value)
 

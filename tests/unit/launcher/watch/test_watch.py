@@ -23,7 +23,7 @@ from launcher.journal.events import record
 from launcher.supervise.workers import last_error
 from launcher.watch.board import tunnel
 from launcher.watch.compare import compare_runs
-from launcher.watch.logs import print_logs, wanted
+from launcher.watch.logs import print_logs
 from resnet_dist.config.schema import ConfigError
 from resnet_dist.run.paths import RunPaths
 from tests.unit.launcher.stand_in import make_run
@@ -54,7 +54,7 @@ def logged(tmp_path: Path) -> RunPaths:
 def words(run: RunPaths, **options: object) -> list[str]:
     """The last word of every line that is printed."""
     text = io.StringIO()
-    print_logs(Console(file=text, width=200), run, wanted(**options))  # type: ignore[arg-type]
+    print_logs(Console(file=text, width=200), run, **options)  # type: ignore[arg-type]
     return [line.split()[-1] for line in text.getvalue().splitlines()]
 
 
@@ -105,7 +105,7 @@ def test_a_filter_that_cannot_hold_is_refused(logged: RunPaths, options: dict, m
 
 def test_json_has_one_object_an_entry(logged: RunPaths) -> None:
     text = io.StringIO()
-    print_logs(Console(file=text), logged, wanted(level="error"), as_json=True)
+    print_logs(Console(file=text), logged, level="error", as_json=True)
     (entry,) = [json.loads(line) for line in text.getvalue().splitlines()]
     moment = datetime(2026, 1, 1, 0, 0, 3).astimezone(UTC).isoformat(" ", "milliseconds")
     assert entry == {"time": moment, "rank": 1, "attempt": 1, "level": "ERROR",
@@ -115,9 +115,8 @@ def test_json_has_one_object_an_entry(logged: RunPaths) -> None:
 def test_follow_prints_what_arrives_until_the_run_is_over(logged: RunPaths) -> None:
     code = ("import sys; from rich.console import Console; "
             "from resnet_dist.run.paths import RunPaths; "
-            "from pathlib import Path; from launcher.watch.logs import print_logs, wanted;"
-            "print_logs(Console(), RunPaths(Path(sys.argv[1])), wanted(level='warning'), "
-            "follow=True)")
+            "from pathlib import Path; from launcher.watch.logs import print_logs;"
+            "print_logs(Console(), RunPaths(Path(sys.argv[1])), level='warning', follow=True)")
     record(logged, "submitted", where="local", nodes=1, steps=1, batch_size=1)
     process = subprocess.Popen([sys.executable, "-c", code, str(logged.root)], text=True,
                                stdout=subprocess.PIPE)
