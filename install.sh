@@ -154,13 +154,12 @@ settle_prefix() {
     for library in blas/libblas.so.3 lapack/liblapack.so.3; do
         [ ! -e "$lib/$library" ] || ln -sf "$library" "$lib/$(basename "$library")"
     done
-    write_environment
+    write_environment "$lib"
 }
 
 # What a build against the prefix needs: sourced below, and by hand for another program.
-write_environment() {
-    local lib other headers
-    lib=$(dirname "$(find "$PREFIX/usr/lib" -name libturbojpeg.so | head -1)")
+write_environment() {  # LIB
+    local lib=$1 other headers
     other=$PREFIX/lib/$(basename "$lib")  # where packages have what starts a machine
     headers=$(find "$PREFIX/usr/include" -maxdepth 1 -name 'python3.*' -printf ':%p')
     cat >"$PREFIX/environment.sh" <<EOF

@@ -48,8 +48,6 @@ def loaders_side_by_side(console: Console, dataset: Path, arguments: list[str], 
     """
     load_manifest(dataset)
     result = _measured("loader", [str(dataset), *arguments], as_json)
-    if result is None:
-        return
     _show(console, "{size} px, {threads} threads, rounds of {images:,} images".format(**result),
           {"loader": "{name}", "images/s": "{rate:,.0f}",
            "slowest to fastest": "{low:,.0f} to {high:,.0f}", "ours is": "{times}",
@@ -66,8 +64,6 @@ def loaders_side_by_side(console: Console, dataset: Path, arguments: list[str], 
 def step_beside_torch(console: Console, arguments: list[str], *, as_json: bool) -> None:
     """The training step against the same network in torch's own modules."""
     result = _measured("step", arguments, as_json)
-    if result is None:
-        return
     _show(console, "{model}, batch {batch}, {size} px, {precision}, {device}, {rounds} rounds"
           .format(**result),
           {"step": "{name}", "images/s": "{images_per_s[median]:,.1f}",
@@ -92,8 +88,6 @@ def step_account(console: Console, arguments: list[str], *, as_json: bool) -> No
     """
     _needs_triton("--account")
     result = _measured("account", arguments, as_json)
-    if result is None:
-        return
     table = Table("kind", *(f"{who}, {what}" for who in result["steps"]
                             for what in ("launches", "GB", "ms")),
                   title=f"a step of {result['model']}, batch {result['batch']}, "
@@ -113,8 +107,6 @@ def step_account(console: Console, arguments: list[str], *, as_json: bool) -> No
 def kernels_beside_torch(console: Console, arguments: list[str], *, as_json: bool) -> None:
     """Each kernel against its plain formulation."""
     result = _measured("kernels", arguments, as_json)
-    if result is None:
-        return
     others = list(result["rows"][0]["ours_is"])
     _show(console, "forward and backward, batch {batch} in groups of {bn_batch}, {precision}, "
           "{device}".format(**result),
@@ -132,8 +124,6 @@ def kernels_compiled(console: Console, *, as_json: bool) -> None:
     """
     _needs_triton("--compile-only")
     result = _measured("compiled", [], as_json)
-    if result is None:
-        return
     by_kernel: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in result["rows"]:
         by_kernel.setdefault((row["kernel"], row["variant"], row["dtype"]), []).append(row)
@@ -160,8 +150,6 @@ def kernels_compiled(console: Console, *, as_json: bool) -> None:
 def scaling_here(console: Console, arguments: list[str], *, planned: bool, as_json: bool) -> None:
     """Measured scaling on this machine's ranks; `planned`: ResNet-50 on many GPUs instead."""
     result = _measured("scaling", arguments, as_json)
-    if result is None:
-        return
     if planned:
         return _show_plan(console, result)
     _show(console, "{model}, {size} px, ranks of one thread on {cores} cores".format(**result),
@@ -200,8 +188,6 @@ def saves_side_by_side(console: Console, scratch: Path | None, arguments: list[s
     """Checkpoints in the background against checkpoints that the step waits for."""
     with tempfile.TemporaryDirectory(prefix="bench-save-", dir=scratch) as folder:
         found = _measured("save", [folder, *arguments], as_json)
-    if found is None:
-        return
     _show(console, "{model}, checkpoints of {mb:.0f} MB, a step takes {step_s:.2f} s, medians of "
           "{rounds}".format(**found),
           {"a save that is": "{way}", "the step waits, s": "{stall_s:.3f}",
@@ -229,18 +215,16 @@ def _needs_triton(option: str) -> None:
                           "`pip install triton`, or the extra `test`, brings it")
 
 
-def _measured(what: str, arguments: list[str], as_json: bool) -> dict[str, Any] | None:
-    """What `resnet_dist.bench.WHAT` found, in a process that may use torch; None: printed as it is.
+def _measured(what: str, arguments: list[str], as_json: bool) -> dict[str, Any]:
+    """What `resnet_dist.bench.WHAT` found, in a process that may use torch.
 
-    Exits with that process's code where it fails.
+    Exits with that process's code where it fails, and with 0 where JSON was all that was wanted.
     """
     done = subprocess.run([sys.executable, "-m", f"resnet_dist.bench.{what}", *arguments],
                           stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(done.returncode)
-    if as_json:
+    if done.returncode or as_json:
         sys.stdout.write(done.stdout)
-        return None
+        sys.exit(done.returncode)
     result: dict[str, Any] = json.loads(done.stdout)
     return result
 

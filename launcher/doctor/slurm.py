@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 from collections.abc import Iterator
 
-from launcher.slurm.scheduler import ask
+from launcher.slurm.scheduler import answer, ask
 
 Finding = dict[str, str]
 
@@ -28,16 +27,12 @@ def slurm_findings() -> list[Finding]:
     """The client programs, the controller, accounting, and the settings that matter to a run."""
     if not shutil.which("sbatch"):
         return [finding("note", "slurm", "no sbatch here", "`submit` runs jobs on this machine")]
-    try:
-        done = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True,
-                              timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return [finding("problem", "slurm", "scontrol does not answer", "is slurmctld running?")]
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[0]
-        return [finding("problem", "slurm", reason, "is slurmctld running? or use --local")]
+    text, refusal = answer(["scontrol", "show", "config"], 10)
+    if text is None:
+        return [finding("problem", "slurm", refusal.splitlines()[0],
+                        "is slurmctld running? or use --local")]
     settings = {key.strip(): value.strip() for key, _, value in
-                (line.partition("=") for line in done.stdout.splitlines())}
+                (line.partition("=") for line in text.splitlines())}
     return [finding("ok", "slurm", settings.get("SLURM_VERSION", "unknown version")),
             *judged(settings), *_partitions(), _accounting()]
 

@@ -68,11 +68,11 @@ def requeue(job: str, restart: int, patience_s: float) -> bool:
         pause *= 2
 
 
-def cancel(job: str, *, kill: bool) -> str | None:
+def cancel(job: str, *, kill: bool) -> str:
     """End a job for good; `kill`: without the grace in which it saves. Returns SLURM's refusal."""
-    refusal = _refusal(["scancel", job])
-    if kill and refusal is None:
-        _refusal(["scancel", "--full", "--signal=KILL", job])
+    _, refusal = answer(["scancel", job], 15)
+    if kill and not refusal:
+        answer(["scancel", "--full", "--signal=KILL", job], 15)
     return refusal
 
 
@@ -122,24 +122,21 @@ def node_names(node_list: str) -> list[str]:
 
 def ask(command: list[str], timeout_s: float) -> str | None:
     """Standard output, or None where the command fails or takes too long."""
+    text, refusal = answer(command, timeout_s)
+    if refusal:
+        log.warning("%s: %s", " ".join(command), refusal)
+    return text
+
+
+def answer(command: list[str], timeout_s: float) -> tuple[str | None, str]:
+    """Standard output and "", or None and why there is none."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s,
                               env={**os.environ, "LC_ALL": "C"}, stdin=subprocess.DEVNULL)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        log.warning("%s: %s", command[0], error)
-        return None
-    if done.returncode:
-        log.warning("%s: %s", " ".join(command), done.stderr.strip())
-        return None
-    return done.stdout
-
-
-def _refusal(command: list[str]) -> str | None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=15,
-                              stdin=subprocess.DEVNULL)
-    except subprocess.TimeoutExpired as error:
-        return f"no answer within {error.timeout:.0f} s"
+    except subprocess.TimeoutExpired:
+        return None, f"no answer within {timeout_s:.0f} s"
     except OSError as error:
-        return str(error)
-    return None if done.returncode == 0 else (done.stderr.strip() or f"exit {done.returncode}")
+        return None, str(error)
+    if done.returncode:
+        return None, done.stderr.strip() or f"exit {done.returncode}"
+    return done.stdout, ""

@@ -50,11 +50,9 @@ class Submitted:
     note: str = ""
 
     def as_json(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"run": str(self.run.root), "job": self.job}
-        if self.evaluations:
-            found["evaluations"] = list(self.evaluations)
-        found |= {"note": self.note} if self.note else {}
-        return found | ({"conversion": list(self.conversion)} if self.conversion else {})
+        more = {"evaluations": self.evaluations, "note": self.note, "conversion": self.conversion}
+        return {"run": str(self.run.root), "job": self.job,
+                **{key: value for key, value in more.items() if value}}
 
 
 def show(console: Console, submitted: Sequence[Submitted]) -> None:

@@ -39,8 +39,8 @@ def compare_runs(console: Console, runs: list[RunPaths], curve: str, png: Path |
     if len({run.root for run in runs}) < len(runs):
         raise ConfigError(f"RUN = {', '.join(run.name for run in runs)}: name different runs")
     settings = differing([flat(config_to_dict(load_frozen(run.config))) for run in runs])
-    labels = [run.name if sum(run.name == other.name for other in runs) == 1 else str(run.root)
-              for run in runs]
+    names = [run.name for run in runs]
+    labels = [run.name if names.count(run.name) == 1 else str(run.root) for run in runs]
     standing = [_standing(run) for run in runs]
     drawn = {kind: [curve_of(run, kind, curve) for run in runs] for kind in ("train", "val")}
     if not any(any(curves) for curves in drawn.values()):

@@ -234,31 +234,29 @@ def with_queue(status: RunStatus, queued: Queued | None,
         return _with_evaluations(status, others)
     if queued is None:
         return status
-    state, cause, began = queued.state, status.cause, status.state != "pending"
+    said, state, cause = queued.state, status.state, status.cause
     if lost := _lost_before(status, others):
-        return dataclasses.replace(status, state="failed", cause=lost)
-    if state in ("PENDING", "REQUEUED", "SUSPENDED"):
-        reason = queued.reason
-        if reason == "Dependency" and status.after:
-            reason = "waits for job " + ", ".join(status.after)
-        return dataclasses.replace(status, state="requeued" if began else "pending",
-                                   cause=reason, worker_pids=())
-    if state in ("RUNNING", "CONFIGURING") and status.state in ("pending", "requeued"):
-        return dataclasses.replace(status, state="running", cause="starting")
-    if state.startswith("CANCELLED"):
-        return dataclasses.replace(status, state="stopped", cause="cancelled in SLURM",
-                                   worker_pids=())
-    if state in _FAILED_STATES:
-        return dataclasses.replace(status, state="failed", worker_pids=(),
-                                   cause=cause or _last_words(status, state))
-    return status
+        state, cause = "failed", lost
+    elif said in ("PENDING", "REQUEUED", "SUSPENDED"):
+        state, cause = "pending" if state == "pending" else "requeued", queued.reason
+        if cause == "Dependency" and status.after:
+            cause = "waits for job " + ", ".join(status.after)
+    elif said in ("RUNNING", "CONFIGURING") and state in ("pending", "requeued"):
+        state, cause = "running", "starting"
+    elif said.startswith("CANCELLED"):
+        state, cause = "stopped", "cancelled in SLURM"
+    elif said in _FAILED_STATES:
+        state, cause = "failed", cause or _last_words(status, said)
+    else:
+        return status
+    return dataclasses.replace(status, state=state, cause=cause, worker_pids=())
 
 
 def _lost_before(status: RunStatus, others: Mapping[str, Queued]) -> str:
     """Why a run that waits for other jobs can never start, or ""."""
     for job in status.after:
-        state = others[job].state if job in others else ""
-        if state.startswith("CANCELLED") or (state in _FAILED_STATES and state != "COMPLETED"):
+        state = others[job].state if job in others else "COMPLETED"
+        if _ended(others, job) and state != "COMPLETED":
             made = [event for event in status.events if job in event.get("conversion", ())]
             what = f"job {job}, which it waited for, ended as {state}"
             return f"conversion: {what}; see {made[-1]['conversion_logs']}" if made else what
