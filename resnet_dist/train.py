@@ -19,6 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -294,15 +295,25 @@ class Heart:
         # Its own name: for a moment an incarnation and the one that takes over both beat.
         self._temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
         self._last = float("-inf")
+        self._failed = False
 
     def beat(self, step: int) -> None:
-        """Write "attempt step", at most ten times a second: the folder may be a network's."""
+        """Write "attempt step", at most ten times a second: the folder may be a network's. Where it
+        takes no bytes, the file's time alone tells; where not even that, the watchdog sees none
+        either and waits."""
         now = time.monotonic()
         if now - self._last < 0.1:
             return
         self._last = now
-        self._temporary.write_text(f"{self._attempt} {step}\n")
-        os.replace(self._temporary, self._path)
+        try:
+            self._temporary.write_text(f"{self._attempt} {step}\n")
+            os.replace(self._temporary, self._path)
+        except OSError as error:
+            if not self._failed:
+                log.error("ALARM: no sign of life written: %s", error)
+            self._failed = True
+            with suppress(OSError):
+                os.utime(self._path)
 
 
 def failure_code(error: Exception, otherwise: int) -> int:

@@ -11,6 +11,7 @@ saved, requeued, and the three last words: finished, failed, stopped.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -27,26 +28,43 @@ log = logging.getLogger(__name__)
 
 Event = dict[str, Any]
 LAST_WORDS = ("finished", "failed", "stopped")
+# What the disk has not taken yet: it counts in this process all the same, and goes out with the
+# next event. Lines by file.
+_unwritten: dict[Path, list[str]] = {}
 
 
 def record(run: RunPaths, event: str, **facts: Any) -> None:
     """Append one event and flush it to the disk.
 
-    A full disk must not end a healthy run, so a failure is logged and not raised. The line goes
-    out in a single write, so that a reader never sees two writers' lines mixed.
+    A full disk must not end a healthy run, so a failure is logged and not raised.
     """
-    line = json.dumps({"time": round(time.time(), 3), "event": event, **facts}) + "\n"
+    line = json.dumps({"time": round(time.time(), 3), "event": event, **facts})
+    _unwritten.setdefault(run.jobs, []).append(line)
+    if error := write_events(run):
+        log.error("ALARM: %s not written: %s; the event was %s", run.jobs, error, line)
+
+
+def write_events(run: RunPaths) -> OSError | None:
+    """Put what was recorded on the disk; why it is not there, where it is not.
+
+    In a single write, so that a reader never sees two writers' lines mixed.
+    """
+    lines = _unwritten.get(run.jobs, [])
+    text = "".join(f"{line}\n" for line in lines).encode()
     try:
         handle = os.open(run.jobs, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
             if _torn(run.jobs):
-                line = "\n" + line
-            os.write(handle, line.encode())
+                text = b"\n" + text
+            if os.write(handle, text) < len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(handle)
         finally:
             os.close(handle)
     except OSError as error:
-        log.error("ALARM: %s not written: %s; the event was %s", run.jobs, error, line.strip())
+        return error
+    lines.clear()
+    return None
 
 
 def _torn(path: Path) -> bool:
@@ -59,13 +77,13 @@ def _torn(path: Path) -> bool:
 
 
 def read_events(run: RunPaths) -> list[Event]:
-    """All events, oldest first; a torn line is left out."""
+    """All events, oldest first; a torn line is left out, one that was written again counts once."""
     try:
         text = run.jobs.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
-        return []
+        text = ""
     events = []
-    for line in text.splitlines():
+    for line in dict.fromkeys([*text.splitlines(), *_unwritten.get(run.jobs, ())]):
         try:
             event = json.loads(line)
         except ValueError:

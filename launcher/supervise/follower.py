@@ -17,7 +17,7 @@ from launcher.supervise.incarnation import (
     Signals,
     note_crash,
     read_secret,
-    requeue,
+    requeue_crashed,
 )
 from launcher.supervise.workers import Exit, Workers, train_command
 from resnet_dist.config.schema import Config
@@ -108,4 +108,4 @@ class Follower:
                                  self._config.launch.max_restarts):
             record(self._run, "failed", cause=verdict, step=checkpoint_step(self._run))
             return Outcome("failed", verdict)
-        return requeue(self._run, self._place, why, self._config.launch.grace_s)
+        return requeue_crashed(self._run, self._place, why, self._config.launch.grace_s)

@@ -19,7 +19,13 @@ from dataclasses import dataclass
 from functools import partial
 from types import FrameType
 
-from launcher.journal.events import Process, read_events, record, restarts_without_progress
+from launcher.journal.events import (
+    Process,
+    read_events,
+    record,
+    restarts_without_progress,
+    write_events,
+)
 from launcher.journal.progress import checkpoint_step, reached
 from launcher.slurm import scheduler
 from launcher.slurm.scheduler import JobFacts
@@ -31,6 +37,7 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.05
 GATHER_S = 120.0  # nodes of one job start within this time
+COUNT_S = 60.0  # a full disk is given this time to take what must be counted
 TAKEOVER_S = 10.0  # an incarnation that SLURM has requeued may still be ending
 
 
@@ -112,6 +119,17 @@ def requeue(run: RunPaths, place: Place, why: str, grace_s: float) -> Outcome:
     obeyed = scheduler.requeue(place.job, place.restart, patience_s=0.15 * grace_s)
     record(run, "requeued", how="scontrol requeue" if obeyed else "exit code", why=why)
     return Outcome("requeued" if obeyed else "requeue", why)
+
+
+def requeue_crashed(run: RunPaths, place: Place, why: str, grace_s: float) -> Outcome:
+    """As `requeue`, once the crash is on the disk: the next incarnation has to count it."""
+    deadline = time.monotonic() + COUNT_S
+    while error := write_events(run):
+        if time.monotonic() > deadline:
+            return Outcome("failed", f"{why} (and {run.jobs} cannot be written, so that restarts "
+                                     f"would not be counted: {error}; free space, then resume)")
+        time.sleep(1)
+    return requeue(run, place, why, grace_s)
 
 
 def decide(facts: JobFacts | None, restart: int, warned: bool) -> str:

@@ -54,8 +54,17 @@ from launcher.supervise.incarnation import (
     note_crash,
     read_secret,
     requeue,
+    requeue_crashed,
 )
-from launcher.supervise.workers import BAD_INPUT, DIVERGED, FINISHED, Exit, Workers, train_command
+from launcher.supervise.workers import (
+    BAD_INPUT,
+    DIVERGED,
+    FINISHED,
+    KILL_S,
+    Exit,
+    Workers,
+    train_command,
+)
 from resnet_dist.config.load import load_frozen
 from resnet_dist.config.schema import Config
 from resnet_dist.run.paths import RunPaths
@@ -96,7 +105,7 @@ class Supervisor:
                 self._record("started", job=place.job, restart=place.restart, where=place.where,
                              nodes=list(place.names), steps=self._config.steps,
                              batch_size=self._config.batch_size, **Process.this().facts)
-                outcome = self._lost_node(why) if why else self._outcome()
+                outcome = self._ungathered(why) if why else self._outcome()
                 self._workers.kill()
                 if other := self._folder.successor():
                     log.error("%s runs this run now; ended without a word", other)
@@ -124,7 +133,15 @@ class Supervisor:
             if self._signals.received:
                 return ""
             self._hub.accept()
+            _, lost = self._hub.receive()  # which also tells those who wait that we are here
+            if lost:
+                node, reason = lost[0]
+                return f"node {names[node]} is gone ({reason})"
         return ""
+
+    def _ungathered(self, why: str) -> Outcome:
+        verdict = self._note_crash(last_attempt(self._folder.events()), why)
+        return Outcome("failed", verdict) if verdict else self._lost_node(why)
 
     def _outcome(self) -> Outcome:
         """Of the attempts; what the supervisor itself stumbles over counts as a crash of one."""
@@ -140,7 +157,7 @@ class Supervisor:
                 if verdict := self._note_crash(last_attempt(self._folder.events()), why):
                     return Outcome("failed", verdict)
                 if self._place.where == "slurm":
-                    return self._requeue(why)
+                    return self._requeue_crashed(why)
                 self._back_off()
 
     def _attempts(self) -> Outcome:
@@ -151,7 +168,7 @@ class Supervisor:
             attempt = self._attempt()
             if self._folder.successor():
                 return Outcome("superseded")
-            if all(exit.code == FINISHED for exit in attempt.exits.values()):
+            if attempt.over and all(exit.code == FINISHED for exit in attempt.exits.values()):
                 return Outcome("finished")
             if attempt.stop:
                 self._record("unsaved" if attempt.cause else "saved", attempt=attempt.number,
@@ -234,8 +251,11 @@ class Supervisor:
                     attempt.trouble = "not saved in time; killed"
                 self._tell(attempt, {"do": "kill"})
                 self._take(attempt, self._workers.kill())
-            if attempt.killed and now > kill_at + 15:  # a node that neither answers nor closes
-                attempt.lost, attempt.trouble = True, attempt.trouble or "a node does not answer"
+            if attempt.killed and time.monotonic() > kill_at + KILL_S + 5:
+                missing = sorted(set(range(world)) - set(attempt.exits))
+                attempt.lost = True
+                attempt.trouble = (f"{attempt.cause}; " if attempt.cause else "") + (
+                    "SIGKILL did not end rank " + ", ".join(map(str, missing)))
                 break
             time.sleep(POLL_S)
         if self._echo:
@@ -323,7 +343,10 @@ class Supervisor:
         """The allocation cannot go on; another one may."""
         if self._place.where != "slurm":
             return Outcome("failed", why)
-        return self._requeue(why)
+        return self._requeue_crashed(why)
+
+    def _requeue_crashed(self, why: str) -> Outcome:
+        return requeue_crashed(self._run, self._place, why, self._config.launch.grace_s)
 
     def _requeue(self, why: str) -> Outcome:
         return requeue(self._run, self._place, why, self._config.launch.grace_s)

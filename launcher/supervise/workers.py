@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 FINISHED, CRASHED, BAD_INPUT, DIVERGED, NODE, SAVED = 0, 1, 2, 3, 74, 75
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 RESEND_S = 0.5
+KILL_S = 10.0
 START_S = 180.0  # a rank that has not made a sign of life yet may be importing from a slow disk
 # Silence that is suspicious once a rank's pace is known: so many times its longest pause, and not
 # below FLOOR_S. `hang_s` bounds both.
@@ -59,14 +60,17 @@ class Exit:
 class Pulse:
     """The signs of life of one rank, on this machine's clock."""
 
-    last: int  # the newest sign's time as its file has it; only changes matter
+    last: int | None  # the newest sign's time as its file has it; only changes matter
     since: float  # when it was seen to be new
     beats: int = 0
     longest_s: float = 0.0  # pause between two signs
     warned: bool = False
 
-    def feel(self, beat: int, now: float) -> None:
-        if beat == self.last:
+    def feel(self, beat: int | None, now: float) -> None:
+        """beat: None where the file system does not tell; then silence proves nothing."""
+        if beat is None:
+            self.since = now
+        if beat is None or beat == self.last:
             return
         if self.beats:
             self.longest_s = max(self.longest_s, now - self.since)
@@ -166,12 +170,15 @@ class Workers:
         self._signal(signal.SIGCONT)  # one that is stopped would never get to it
 
     def kill(self) -> list[Exit]:
-        """End every worker at once and wait for it."""
+        """End every worker at once and wait for it, for KILL_S at most: one that waits inside a
+        driver or for a file server cannot be ended, and stays in `running`."""
         for process in self._running.values():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+        deadline = time.monotonic() + KILL_S
         for process in self._running.values():
-            process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
         return self.poll()
 
     def hung(self) -> list[tuple[int, float]]:
@@ -193,11 +200,13 @@ class Workers:
                             now - pulse.since, limit_s)
         return silent
 
-    def _beat(self, rank: int) -> int:
+    def _beat(self, rank: int) -> int | None:
         try:
             return self._run.heartbeat(rank).stat().st_mtime_ns
-        except OSError:
+        except FileNotFoundError:
             return 0
+        except OSError:
+            return None
 
     def _signal(self, number: signal.Signals) -> None:
         for process in self._running.values():

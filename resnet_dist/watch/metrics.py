@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import time
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec
 
 import numpy as np
 from PIL import Image
@@ -22,6 +25,8 @@ from torch.utils.tensorboard.summary import hparams as session_summaries
 from resnet_dist.run.curves import drop_lines_after, read_lines
 from resnet_dist.run.event_files import drop_after, put_before_now
 from resnet_dist.run.paths import RunPaths
+
+log = logging.getLogger(__name__)
 
 # TensorBoard groups curves by what stands before the slash.
 _TAGS = {
@@ -38,6 +43,19 @@ _TAGS = {
             for key in ("loss", "top1", "top5")},
 }
 _EVENTS_SHOWN = 50
+
+P = ParamSpec("P")
+
+
+def best_effort(write: Callable[P, None]) -> Callable[P, None]:
+    """A full disk costs curves, and not the run: what cannot be written alarms."""
+    @wraps(write)
+    def tried(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            write(*args, **kwargs)
+        except OSError as error:
+            log.error("ALARM: curves not written: %s", error)
+    return tried
 
 
 class Metrics:
@@ -59,6 +77,7 @@ class Metrics:
         self._board = SummaryWriter(str(run.tensorboard), purge_step=step + 1, flush_secs=10)
         self._tensorboard = run.tensorboard
 
+    @best_effort
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
         """Record `values` at `step`. `kind` is "train" or "val"."""
         self._line(kind, step, values)
@@ -66,6 +85,7 @@ class Metrics:
             if key in _TAGS[kind]:
                 self._board.add_scalar(_TAGS[kind][key], value, step)
 
+    @best_effort
     def mark(self, what: str, step: int, text: str, value: float | None = None) -> None:
         """Mark a start, checkpoint or the like on the step axis, and in the table of events.
 
@@ -79,10 +99,12 @@ class Metrics:
         self._board.add_scalar(f"events/{what}", value, step)
         self._board.add_text("events", event_table(self._events), step)
 
+    @best_effort
     def text(self, tag: str, text: str, step: int) -> None:
         """Markdown."""
         self._board.add_text(tag, text, step)
 
+    @best_effort
     def picture(self, tag: str, step: int, picture: Image.Image) -> None:
         """As JPEG: photographs as PNG would be ten times the size, and TensorBoard's writer
         checksums every byte in Python (0.1 s a megabyte)."""
@@ -92,20 +114,24 @@ class Metrics:
                               encoded_image_string=buffer.getvalue())
         self._add([Summary.Value(tag=tag, image=image)], step)
 
+    @best_effort
     def figure(self, tag: str, step: int, figure: Any) -> None:
         """A matplotlib Figure."""
         self._board.add_figure(tag, figure, step)
 
+    @best_effort
     def histogram(self, tag: str, step: int, values: np.ndarray) -> None:
         """Of the finite ones of `values`, any shape."""
         finite = values[np.isfinite(values)]
         if finite.size:
             self._board.add_histogram(tag, finite, step)
 
+    @best_effort
     def scalar(self, tag: str, step: int, value: float) -> None:
         """A curve of TensorBoard alone."""
         self._board.add_scalar(tag, value, step)
 
+    @best_effort
     def hparams(self, values: dict[str, bool | int | float | str]) -> None:
         """What this run is set to, for TensorBoard's table of runs.
 
@@ -115,6 +141,7 @@ class Metrics:
         _, session, _ = session_summaries(values, {})
         self._add(session.value, 0)
 
+    @best_effort
     def flush(self) -> None:
         """Put all that was written on disk. Called before a checkpoint is committed."""
         self._lines.flush()
@@ -124,6 +151,7 @@ class Metrics:
             with open(events, "rb") as file:
                 os.fsync(file.fileno())
 
+    @best_effort
     def close(self) -> None:
         self.flush()
         self._lines.close()
@@ -132,7 +160,10 @@ class Metrics:
     def _line(self, kind: str, step: int, values: dict[str, Any]) -> dict[str, Any]:
         line = {"step": step, "kind": kind, "time": time.time(), **values}
         self._lines.write(json.dumps(line) + "\n")
-        self._lines.flush()
+        try:
+            self._lines.flush()
+        except OSError as error:  # kept in memory, and written with a later one
+            log.error("ALARM: %s not written: %s", self._lines.name, error)
         return line
 
     def _add(self, values: Any, step: int) -> None:

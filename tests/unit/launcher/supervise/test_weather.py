@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
-from launcher.journal.events import read_events
-from launcher.supervise import folder
+from launcher.journal.events import read_events, record
+from launcher.submission.submit import prepare
+from launcher.supervise import folder, incarnation, supervisor, workers
 from launcher.supervise.folder import Folder
 from launcher.supervise.incarnation import Outcome, Place
 from launcher.supervise.supervisor import Supervisor
+from launcher.supervise.workers import Pulse
 from resnet_dist.run.paths import RunPaths
+from resnet_dist.train import Heart
 from tests.unit.launcher import stand_in
 
 
@@ -59,3 +65,94 @@ def test_no_news_is_believed_for_a_while_only(tmp_path, monkeypatch):
     time.sleep(0.3)
     with pytest.raises(OSError, match="Stale"):
         run.superseded()
+
+
+def full_disk(where) -> None:
+    """The file cannot be made any more."""
+    where.symlink_to("absent/file")
+
+
+def test_crashes_are_counted_where_the_disk_takes_no_event(tmp_path):
+    run, config = stand_in.make_run(tmp_path / "run", ranks=1, max_restarts=1,
+                                    faults={"*": {"rank": 0, "step": 3, "do": "raise"}})
+    full_disk(run.jobs)
+    outcome = lead(run, config)
+    assert outcome.cause.startswith("rank 0: ValueError: no such luck (gave up after 1 restarts")
+    run.jobs.unlink()
+    record(run, "seen")
+    assert [e["attempt"] for e in read_events(run) if e["event"] == "attempt"] == [1, 2]
+    assert run.jobs.read_text().count("\n") == len(read_events(run))
+
+
+def test_a_crash_that_cannot_be_counted_is_not_requeued(tmp_path, monkeypatch):
+    run, _ = stand_in.make_run(tmp_path / "run")
+    full_disk(run.jobs)
+    record(run, "crashed", attempt=1, checkpoint=0)
+    monkeypatch.setattr(incarnation, "COUNT_S", 0.1)
+    monkeypatch.setattr(incarnation, "requeue", lambda *_: pytest.fail("requeued"))
+    outcome = incarnation.requeue_crashed(run, Place("slurm", "7"), "lost", 1)
+    assert outcome.kind == "failed"
+    assert "cannot be written" in outcome.cause
+
+
+def test_a_node_that_comes_late_finds_those_that_wait(tmp_path):
+    """Four nodes; the last comes after the patience of the second with a silent leader."""
+    run, _ = stand_in.make_run(tmp_path / "run", nodes=4, ranks=1, steps=10)
+    prepare(run)
+    place = {"where": "local", "job": "41", "names": ["127.0.0.1", *["localhost"] * 3]}
+    code = ("import json, sys; from launcher.supervise import channel; channel.SILENCE_S = 2; "
+            "channel.PING_S = 0.2; from tests.unit.launcher import stand_in; "
+            "stand_in.main(sys.argv[1], json.loads(sys.argv[2]))")
+    nodes = []
+    for node in range(4):
+        time.sleep(4 * (node == 3))
+        nodes.append(subprocess.Popen([sys.executable, "-c", code, str(run.root), json.dumps(
+            {**place, "node": node})], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    said = [json.loads(node.communicate(timeout=60)[0])[0] for node in nodes]
+    assert said == ["finished", "followed", "followed", "followed"]
+
+
+def test_a_gather_that_fails_counts_as_a_crash(tmp_path, monkeypatch):
+    run, config = stand_in.make_run(tmp_path / "run", nodes=2, ranks=1, max_restarts=1)
+    prepare(run)
+    asked = []
+    monkeypatch.setattr(supervisor, "GATHER_S", 0.1)
+    monkeypatch.setattr(supervisor, "requeue_crashed",
+                        lambda *_: asked.append(1) or Outcome("requeued"))
+    kinds = [lead(run, config, Place("slurm", "51", restart, 0, ("127.0.0.1", "localhost"))).kind
+             for restart in range(3)]
+    assert kinds == ["requeued", "failed", "failed"]
+
+
+def test_a_worker_that_cannot_be_killed_is_a_lost_node(tmp_path, monkeypatch):
+    """SIGKILL is kept from it, as from a process in state D."""
+    run, config = stand_in.make_run(tmp_path / "run", ranks=1, steps=2000, max_restarts=1, faults={
+        "1": {"rank": 0, "step": 5, "do": "hang"}}, hang_s=1)
+    monkeypatch.setattr(workers.os, "killpg", lambda *_: None)
+    monkeypatch.setattr(workers.Workers, "abort", lambda _: None)
+    monkeypatch.setattr(workers, "KILL_S", 0.5)
+    monkeypatch.setattr(supervisor, "KILL_S", 0.5 - 5)
+    outcome = lead(run, config)
+    assert outcome.kind == "failed"
+    assert "SIGKILL did not end rank 0" in outcome.cause
+
+
+def test_a_heartbeat_on_a_full_disk_alarms_and_still_beats(tmp_path, monkeypatch):
+    run = RunPaths(tmp_path)
+    heart = Heart(run, SimpleNamespace(rank=0))
+    heart.beat(1)
+    os.utime(run.heartbeat(0), (0, 0))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    heart._last = float("-inf")
+    heart.beat(2)
+    assert run.heartbeat(0).stat().st_mtime > 0
+
+
+def test_silence_proves_nothing_where_the_file_system_does_not_tell():
+    pulse = Pulse(last=1, since=0.0)
+    pulse.feel(None, 50.0)
+    assert (pulse.since, pulse.beats) == (50.0, 0)
