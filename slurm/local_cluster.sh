@@ -13,7 +13,6 @@
 # so that job ids go on counting and sacct remembers.
 set -euo pipefail
 
-PACKAGES=(slurm-wlm slurmdbd slurm-wlm-mysql-plugin munge mariadb-server)
 NODES=(n1 n2 n3 n4)
 CPUS_PER_NODE=2
 PREFIX=/var/lib/resnet-dist-slurm  # not in /tmp, where others could lay links before
@@ -117,18 +116,11 @@ need_packages() {
     [ -n "$(find /usr/lib -name accounting_storage_mysql.so -path '*slurm*' -print -quit)" ] ||
         missing+=(accounting_storage_mysql.so)
     [ ${#missing[@]} -gt 0 ] || return 0
-    # Without this file Debian's packages start system daemons as they are unpacked.
-    local install="apt-get install --no-install-recommends -y ${PACKAGES[*]}"
+    local install; install=$(realpath "$(dirname "$0")/../install.sh")
     [ "$INSTALL" = yes ] || CODE=4 die "missing: ${missing[*]}. Install them with
-    apt-get update && $install
+    $install --test --native-only
 or let this script do it: $0 up --install"
-    local policy=/usr/sbin/policy-rc.d made=no
-    if [ ! -e $policy ]; then printf '#!/bin/sh\nexit 101\n' >$policy; chmod 755 $policy; made=yes; fi
-    say "installing ${PACKAGES[*]}"
-    local code=0
-    { apt-get update -q && DEBIAN_FRONTEND=noninteractive $install; } >&2 || code=$?
-    [ $made = no ] || rm -f $policy
-    [ $code = 0 ] || die "apt-get failed (exit $code)"
+    "$install" --test --native-only >&2 || die "install.sh failed"
     hash -r
 }
 

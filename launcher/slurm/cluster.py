@@ -9,6 +9,7 @@ from __future__ import annotations
 import getpass
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -29,8 +30,11 @@ class Nodes:
     count: int
     cpus: int
     memory_mb: int
-    gpus: dict[str, int]  # by type; "" where the site gives none
+    gpus: Counter[str]  # by type; "" where the site gives none
     features: frozenset[str]
+
+    def gpus_of(self, kind: str | None) -> int:
+        return self.gpus[kind] if kind else self.gpus.total()
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Partition:
     default: bool
     up: bool
     max_minutes: float
-    nodes: tuple[Nodes, ...]
+    nodes: list[Nodes]
 
 
 def partitions() -> dict[str, Partition] | None:
@@ -50,13 +54,11 @@ def partitions() -> dict[str, Partition] | None:
     found: dict[str, Partition] = {}
     for line in text.splitlines():
         name, limit, state, count, cpus, memory, gres, features = line.strip().split("|", 7)
-        alike = Nodes(int(count), int(cpus.rstrip("+")), int(memory.rstrip("+")),
-                      _gpus(gres), frozenset(filter(None, features.replace("(null)", "")
-                                                    .split(","))))
+        alike = Nodes(int(count), int(cpus.rstrip("+")), int(memory.rstrip("+")), _gpus(gres),
+                      frozenset(features.replace("(null)", "").split(",")) - {""})
         plain = name.rstrip("*")
-        before = found[plain].nodes if plain in found else ()
-        found[plain] = Partition(plain, name.endswith("*"), state == "up", minutes(limit),
-                                 (*before, alike))
+        found.setdefault(plain, Partition(plain, name.endswith("*"), state == "up", minutes(limit),
+                                          [])).nodes.append(alike)
     return found
 
 
@@ -139,7 +141,7 @@ def _node_problems(config: Config, chosen: Partition, known: dict[str, Partition
         return
     demands = (
         ("launch.ranks_per_node", launch.ranks_per_node, "GPUs", gpus,
-         [_gpu_count(each, launch.gpu_type) for each in nodes]),
+         [each.gpus_of(launch.gpu_type) for each in nodes]),
         ("launch.cpus_per_rank" if launch.cpus_per_rank else "launch.ranks_per_node",
          launch.cpus_per_rank or launch.ranks_per_node, "cores", cpus,
          [each.cpus for each in nodes]),
@@ -152,7 +154,7 @@ def _node_problems(config: Config, chosen: Partition, known: dict[str, Partition
             return
     fitting = sum(each.count for each in nodes
                   if (one_of or features <= each.features) and each.cpus >= cpus
-                  and each.memory_mb >= memory_mb and _gpu_count(each, launch.gpu_type) >= gpus)
+                  and each.memory_mb >= memory_mb and each.gpus_of(launch.gpu_type) >= gpus)
     if launch.nodes > fitting:
         yield (f"launch.nodes = {launch.nodes}: partition {chosen.name} has {fitting} that fit; "
                "the same run goes on fewer nodes, with more ranks a node or alone")
@@ -176,8 +178,7 @@ def _account_problems(config: Config, enforce: str) -> Iterator[str]:
         return
     mine = [row for row in rows if not launch.account or row[0] == launch.account]
     levels = sorted({name for row in mine for name in row[2].split(",") if name})
-    if launch.qos and "qos" in enforced | ({"qos"} if "all" in enforced else set()) \
-            and launch.qos not in levels:
+    if launch.qos and enforced & {"qos", "all"} and launch.qos not in levels:
         yield f"launch.qos = {launch.qos}: your account has {', '.join(levels) or 'none'}"
 
 
@@ -194,12 +195,5 @@ def minutes(limit: str) -> float:
     return int(days or 0) * 1440 + hours * 60 + mins + seconds / 60
 
 
-def _gpus(gres: str) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for kind, count in _GPU.findall(gres):
-        found[kind] = found.get(kind, 0) + int(count)
-    return found
-
-
-def _gpu_count(nodes: Nodes, kind: str | None) -> int:
-    return nodes.gpus.get(kind, 0) if kind else sum(nodes.gpus.values())
+def _gpus(gres: str) -> Counter[str]:
+    return sum((Counter({kind: int(count)}) for kind, count in _GPU.findall(gres)), Counter())
