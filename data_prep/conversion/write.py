@@ -14,7 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +54,8 @@ class Record:
 
 
 def encoding_of(plan: Plan) -> Encoding:
-    options = plan.options
-    return Encoding(image=options["encoding"], raw_fraction=options["raw_fraction"],
-                    longer_side=options["longer_side"], shorter_side=options["shorter_side"],
-                    quality=options["quality"], keep=options["keep"],
-                    exif=options["exif"], max_pixels=options["max_pixels"],
-                    white=options["white"])
+    options = plan.options | {"image": plan.options["encoding"]}
+    return Encoding(**{field.name: options[field.name] for field in fields(Encoding)})
 
 
 @dataclass(frozen=True)

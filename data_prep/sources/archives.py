@@ -130,16 +130,15 @@ class Ilsvrc(Source):
     def _scan_train(self, container: int, path: Located) -> Iterator[Found]:
         for data, outer in zips.walk(path):
             if outer.kind != "file" or not outer.name.endswith(".tar"):
-                if outer.kind != "directory":
-                    self.ignored[suffix_of(outer.name)] += 1
+                self.pass_over(outer.name, outer.kind)
                 continue
             wnid = outer.name.rpartition("/")[2].removesuffix(".tar")
             for member in tars.members(data, outer.offset, outer.offset + outer.size):
                 if member.kind == "file" and is_image_name(member.name):
                     yield Found(("train", wnid), f"{outer.name}/{member.name}", container,
                                 member.offset, member.size)
-                elif member.kind != "directory":
-                    self.ignored[suffix_of(member.name)] += 1
+                else:
+                    self.pass_over(member.name, member.kind)
 
     def _scan_val(self, container: int, path: Located) -> Iterator[Found]:
         if not isinstance(path, Path):
@@ -149,8 +148,7 @@ class Ilsvrc(Source):
         for _, member in zips.walk(path):
             match = VAL_NAME.fullmatch(member.name.rpartition("/")[2])
             if member.kind != "file" or not match:
-                if member.kind != "directory":
-                    self.ignored[suffix_of(member.name)] += 1
+                self.pass_over(member.name, member.kind)
                 continue
             number = int(match[1])
             if not 1 <= number <= len(labels):

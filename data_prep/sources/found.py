@@ -79,6 +79,11 @@ class Source:
         """Raises: SourceError where the source is damaged."""
         raise NotImplementedError
 
+    def pass_over(self, name: str, kind: str = "file") -> None:
+        """Count what is no image."""
+        if kind != "directory":
+            self.ignored[suffix_of(name)] += 1
+
     def empty_groups(self) -> list[str]:
         """Folders without images, which may be classes."""
         return []

@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 
@@ -50,8 +49,7 @@ class _Loader:
     def __enter__(self):  # type: ignore[no-untyped-def]
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 traceback: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -10,16 +10,12 @@ epoch has as many positions as before, but only the first 1/N of its permutation
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
+from functools import lru_cache
 
 import numpy as np
 
-_KEPT = 3  # the epoch in use, the one prepared ahead, and one to step back to
-_cache: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
-_lock = threading.Lock()
 
-
+@lru_cache(3)  # the epoch in use, the one prepared ahead, and one to step back to
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     """The order of epoch `epoch`: read-only int32 [n], each of 0..n-1 once; cached.
 
@@ -28,20 +24,6 @@ def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     random: two equal keys, which the smaller index would win, have odds of n**3 / 2**65.
     25 to 75 ms for 1.28 million samples, nearly all of it one sort.
     """
-    key = (seed, epoch, n)
-    with _lock:
-        if key in _cache:
-            _cache.move_to_end(key)
-            return _cache[key]
-    order = _permutation(seed, epoch, n)
-    with _lock:
-        _cache[key] = order
-        while len(_cache) > _KEPT:
-            _cache.popitem(last=False)
-    return order
-
-
-def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     if not 0 < n < 2**31:
         raise ValueError(f"n = {n}: a split needs between 1 and 2**31 - 1 samples")
     generator = np.random.Philox(key=seed % 2**64, counter=[0, 0, epoch, 0])

@@ -5,6 +5,7 @@ pixels and a resize in float64. Resumed anywhere, at any size.
 from __future__ import annotations
 
 import gc
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -84,14 +85,13 @@ def test_every_step_can_be_the_first(photos):
 
 def test_a_late_step_opens_with_the_work_of_the_first(photos, monkeypatch):
     made: list[int] = []
-    make = order._permutation
+    make = order.permutation.__wrapped__
 
     def counted(seed: int, epoch: int, n: int) -> np.ndarray:
         made.append(epoch)
         return make(seed, epoch, n)
 
-    monkeypatch.setattr(order, "_permutation", counted)
-    monkeypatch.setattr(order, "_cache", type(order._cache)())
+    monkeypatch.setattr(order, "permutation", lru_cache(3)(counted))
     for first in (0, 600_000):
         made.clear()
         load(photos, AUGMENTS["scale_crop"], first, 1, read_ahead=0, prefetch=1)
