@@ -24,11 +24,11 @@ def _words(context: typer.Context, *left_out: str) -> list[str]:
 @bench.command("convert")
 def bench_convert(
     source: Annotated[str, typer.Argument(help="images, repeated to --images")],
-    images: Annotated[int, typer.Option("--images")] = 5000,
-    workers: Annotated[int, typer.Option("--workers")] = 2,
-    repeats: Annotated[int, typer.Option("--repeats")] = 3,
-    case: Annotated[str | None, typer.Option("--case", help="mixed or encode alone")] = None,
-    scratch: Annotated[Path | None, typer.Option("--scratch", help="folder to work in")] = None,
+    images: int = 5000,
+    workers: int = 2,
+    repeats: int = 3,
+    case: Annotated[str | None, typer.Option(help="mixed or encode alone")] = None,
+    scratch: Annotated[Path | None, typer.Option(help="folder to work in")] = None,
     as_json: Json = False,
 ) -> None:
     """Conversion beside FFCV's own DatasetWriter.
@@ -45,11 +45,11 @@ def bench_convert(
 def bench_loader(
     context: typer.Context,
     dataset: Annotated[Path, typer.Argument(help="data set directory with JPEG shards")],
-    size: Annotated[int, typer.Option("--size", help="pixels")] = 224,
-    threads: Annotated[int, typer.Option("--threads")] = 2,
-    rounds: Annotated[int, typer.Option("--rounds")] = 5,
-    images: Annotated[int, typer.Option("--images", help="of one loader in one round")] = 1536,
-    sheet: Annotated[Path | None, typer.Option("--sheet", help="also draw crops to a PNG")] = None,
+    size: Annotated[int, typer.Option(help="pixels")] = 224,
+    threads: int = 2,
+    rounds: int = 5,
+    images: Annotated[int, typer.Option(help="of one loader in one round")] = 1536,
+    sheet: Annotated[Path | None, typer.Option(help="also draw crops to a PNG")] = None,
     as_json: Json = False,
 ) -> None:
     """Our loader beside stock FFCV's and a folder of files.
@@ -64,18 +64,18 @@ def bench_loader(
 @bench.command("step")
 def bench_step(
     context: typer.Context,
-    model: Annotated[str, typer.Option("--model")] = "resnet50",
-    batch: Annotated[int, typer.Option("--batch", help="images of one step")] = 32,
-    bn_batch: Annotated[int, typer.Option("--bn-batch", help="ours: images a BatchNorm")] = 32,
-    size: Annotated[int, typer.Option("--size", help="pixels")] = 224,
-    precision: Annotated[str, typer.Option("--precision", help="bf16, fp16, fp32; auto")] = "auto",
-    rounds: Annotated[int, typer.Option("--rounds")] = 5,
-    steps: Annotated[int, typer.Option("--steps", help="of one competitor in one round")] = 3,
+    model: str = "resnet50",
+    batch: Annotated[int, typer.Option(help="images of one step")] = 32,
+    bn_batch: Annotated[int, typer.Option(help="ours: images a BatchNorm")] = 32,
+    size: Annotated[int, typer.Option(help="pixels")] = 224,
+    precision: Annotated[str, typer.Option(help="bf16, fp16, fp32; auto")] = "auto",
+    rounds: int = 5,
+    steps: Annotated[int, typer.Option(help="of one competitor in one round")] = 3,
     account: Annotated[bool, typer.Option(
         "--account", help="count launches and bytes instead; no GPU needed")] = False,
-    tb_per_s: Annotated[float, typer.Option("--tb-per-s", help="account: of a copy")] = 4.3,
-    tflops: Annotated[float, typer.Option("--tflops", help="account: of a product")] = 790,
-    launch_us: Annotated[float, typer.Option("--launch-us", help="account: at least")] = 2.2,
+    tb_per_s: Annotated[float, typer.Option(help="account: of a copy")] = 4.3,
+    tflops: Annotated[float, typer.Option(help="account: of a product")] = 790,
+    launch_us: Annotated[float, typer.Option(help="account: at least")] = 2.2,
     as_json: Json = False,
 ) -> None:
     """The training step beside torch's own: eager, channels_last, compiled; and the floor.
@@ -95,10 +95,10 @@ def bench_step(
 @bench.command("kernels")
 def bench_kernels(
     context: typer.Context,
-    batch: Annotated[int, typer.Option("--batch")] = 32,
-    bn_batch: Annotated[int, typer.Option("--bn-batch")] = 32,
-    precision: Annotated[str, typer.Option("--precision", help="bf16, fp16, fp32; auto")] = "auto",
-    rounds: Annotated[int, typer.Option("--rounds")] = 5,
+    batch: int = 32,
+    bn_batch: int = 32,
+    precision: Annotated[str, typer.Option(help="bf16, fp16, fp32; auto")] = "auto",
+    rounds: int = 5,
     compiled: Annotated[bool, typer.Option("--compiled", help="torch.compile, too")] = False,
     compile_only: Annotated[bool, typer.Option(
         "--compile-only", help="registers and spills of every kernel; no GPU needed")] = False,
@@ -119,10 +119,10 @@ def bench_kernels(
 def bench_scaling(
     context: typer.Context,
     plan: Annotated[bool, typer.Option("--plan", help="8 to 4,096 GPUs; measures nothing")] = False,
-    worlds: Annotated[str, typer.Option("--worlds", help="ranks to fit the model to")] = "1,2,4",
-    unseen: Annotated[str, typer.Option("--unseen", help="ranks to judge it on")] = "8",
-    rounds: Annotated[int, typer.Option("--rounds")] = 2,
-    figure: Annotated[Path | None, typer.Option("--figure", help="also draw a PNG")] = None,
+    worlds: Annotated[str, typer.Option(help="ranks to fit the model to")] = "1,2,4",
+    unseen: Annotated[str, typer.Option(help="ranks to judge it on")] = "8",
+    rounds: int = 2,
+    figure: Annotated[Path | None, typer.Option(help="also draw a PNG")] = None,
     as_json: Json = False,
 ) -> None:
     """Weak and strong scaling on this machine's ranks, or a plan for many GPUs.
@@ -137,11 +137,11 @@ def bench_scaling(
 @bench.command("save")
 def bench_save(
     context: typer.Context,
-    model: Annotated[str, typer.Option("--model")] = "resnet50",
-    size: Annotated[int, typer.Option("--size", help="pixels of the made-up images")] = 64,
-    batch_size: Annotated[int, typer.Option("--batch-size")] = 32,
-    rounds: Annotated[int, typer.Option("--rounds", help="saves in each way")] = 5,
-    scratch: Annotated[Path | None, typer.Option("--scratch", help="folder to save in")] = None,
+    model: str = "resnet50",
+    size: Annotated[int, typer.Option(help="pixels of the made-up images")] = 64,
+    batch_size: int = 32,
+    rounds: Annotated[int, typer.Option(help="saves in each way")] = 5,
+    scratch: Annotated[Path | None, typer.Option(help="folder to save in")] = None,
     as_json: Json = False,
 ) -> None:
     """Saving in the background beside saving while the step waits.

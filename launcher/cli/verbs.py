@@ -37,17 +37,16 @@ def submit(
     dry_run: Annotated[bool, typer.Option(
         "--dry-run", help="show configuration, batch script and cost; queue nothing")] = False,
     sweep: Annotated[list[str] | None, typer.Option(
-        "--sweep", metavar="KEY=VALUE,VALUE",
+        metavar="KEY=VALUE,VALUE",
         help="a run for each value, as a job array; repeatable: all combinations")] = None,
-    parallel: Annotated[int | None, typer.Option(
-        "--parallel", min=1, help="runs of the sweep at once")] = None,
+    parallel: Annotated[int | None, typer.Option(min=1, help="runs of the sweep at once")] = None,
     convert: Annotated[str | None, typer.Option(
-        "--convert", metavar="SOURCE", help="make the data set first; options as convert.KEY")
+        metavar="SOURCE", help="make the data set first; options as convert.KEY")
     ] = None,
     evaluate: Annotated[list[str] | None, typer.Option(
         "--eval", metavar="PROTOCOL", help="evaluate when it has finished; repeatable")] = None,
     after: Annotated[list[str] | None, typer.Option(
-        "--after", metavar="RUN", help="start when this run, or job, has ended well")] = None,
+        metavar="RUN", help="start when this run, or job, has ended well")] = None,
     trust_slurm: Annotated[bool, typer.Option(
         "--trust-slurm", help="leave it to SLURM whether the cluster can do it")] = False,
     as_json: Json = False,
@@ -127,12 +126,12 @@ def status(
 @app.command()
 def logs(
     run: Run,
-    rank: Annotated[list[int] | None, typer.Option("--rank", help="only this; repeatable")] = None,
-    grep: Annotated[str | None, typer.Option("--grep", metavar="REGEX")] = None,
+    rank: Annotated[list[int] | None, typer.Option(help="only this; repeatable")] = None,
+    grep: Annotated[str | None, typer.Option(metavar="REGEX")] = None,
     since: Annotated[str | None, typer.Option(
-        "--since", help="an age such as 10m, 2h or 1d, or a moment '2026-11-21 11:30'")] = None,
-    level: Annotated[str | None, typer.Option("--level", help="warning: those and errors")] = None,
-    attempt: Annotated[int | None, typer.Option("--attempt", help="only this")] = None,
+        help="an age such as 10m, 2h or 1d, or a moment '2026-11-21 11:30'")] = None,
+    level: Annotated[str | None, typer.Option(help="warning: those and errors")] = None,
+    attempt: Annotated[int | None, typer.Option(help="only this")] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="keep printing")] = False,
     runs: Runs = "runs",
     as_json: Json = False,
@@ -153,8 +152,8 @@ def compare(
     first: Run,
     others: Annotated[list[str], typer.Argument(
         metavar="RUN ...", help="to lay beside it", autocompletion=completion.run_names)],
-    curve: Annotated[str, typer.Option("--curve", help="loss, top1, images_per_s, ...")] = "loss",
-    png: Annotated[Path | None, typer.Option("--png", help="draw the curves to this file")] = None,
+    curve: Annotated[str, typer.Option(help="loss, top1, images_per_s, ...")] = "loss",
+    png: Annotated[Path | None, typer.Option(help="draw the curves to this file")] = None,
     runs: Runs = "runs",
     as_json: Json = False,
 ) -> None:
@@ -191,7 +190,7 @@ def stop(
 def resume(run: Run, options: Overrides = None,
            local: Annotated[bool, typer.Option("--local", help="run here")] = False,
            code: Annotated[str, typer.Option(
-               "--code", help="frozen: as it was submitted; current: as installed now")] = "frozen",
+               help="frozen: as it was submitted; current: as installed now")] = "frozen",
            allow: Allow = "",
            runs: Runs = "runs",
            as_json: Json = False) -> None:
@@ -210,19 +209,19 @@ def resume(run: Run, options: Overrides = None,
 @app.command("eval")
 def evaluate(
     run: Run,
-    step: Annotated[int | None, typer.Option("--step", help="checkpoint; default newest")] = None,
-    split: Annotated[str | None, typer.Option("--split", help="default: the run's")] = None,
+    step: Annotated[int | None, typer.Option(help="checkpoint; default newest")] = None,
+    split: Annotated[str | None, typer.Option(help="default: the run's")] = None,
     protocol: Annotated[str | None, typer.Option(
-        "--protocol", help="1crop, flip, 10crop or multiscale; default: the run's")] = None,
-    size: Annotated[int | None, typer.Option("--size", help="pixels of the square crop")] = None,
+        help="1crop, flip, 10crop or multiscale; default: the run's")] = None,
+    size: Annotated[int | None, typer.Option(help="pixels of the square crop")] = None,
     resize: Annotated[int | None, typer.Option(
-        "--resize", help="shorter side before the crop; 0: the image as it is")] = None,
+        help="shorter side before the crop; 0: the image as it is")] = None,
     weights: Annotated[str | None, typer.Option(
-        "--weights", help="raw or ema; default: ema where the run averages its weights")] = None,
+        help="raw or ema; default: ema where the run averages its weights")] = None,
     batch_size: Annotated[int | None, typer.Option(
-        "--batch-size", help="images of one rank in one forward")] = None,
+        help="images of one rank in one forward")] = None,
     ensemble: Annotated[list[str] | None, typer.Option(
-        "--ensemble", metavar="RUN[@STEP]", help="average with this run too; repeatable")] = None,
+        metavar="RUN[@STEP]", help="average with this run too; repeatable")] = None,
     responses: Annotated[bool, typer.Option(
         "--responses", help="also measure how strongly each layer responds")] = False,
     runs: Runs = "runs",
@@ -255,7 +254,7 @@ def evaluate(
 def tensorboard(
     names: Annotated[list[str] | None, typer.Argument(
         metavar="[RUN ...]", autocompletion=completion.run_names)] = None,
-    port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 6006,
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 6006,
     everyone: Annotated[bool, typer.Option(
         "--everyone", help="listen beyond localhost: no password guards it")] = False,
     runs: Runs = "runs",
@@ -275,8 +274,8 @@ def tensorboard(
 def export(
     run: Run,
     form: Annotated[str, typer.Option("--format", help="torchvision, timm, safetensors or onnx")],
-    out: Annotated[Path, typer.Option("--out", help="file to write")],
-    step: Annotated[int | None, typer.Option("--step", help="checkpoint; default newest")] = None,
+    out: Annotated[Path, typer.Option(help="file to write")],
+    step: Annotated[int | None, typer.Option(help="checkpoint; default newest")] = None,
     runs: Runs = "runs",
     as_json: Json = False,
 ) -> None:
@@ -298,9 +297,9 @@ def doctor(
         autocompletion=completion.settings)] = None,
     slurm: Annotated[bool, typer.Option(
         "--slurm", help="examine nodes of the cluster, and what is between them")] = False,
-    data: Annotated[str | None, typer.Option("--data", help="a data set to look at, too")] = None,
+    data: Annotated[str | None, typer.Option(help="a data set to look at, too")] = None,
     model: Annotated[str | None, typer.Option(
-        "--model", help="show a network instead: layers, sizes, parameters, FLOPs")] = None,
+        help="show a network instead: layers, sizes, parameters, FLOPs")] = None,
     as_json: Json = False,
 ) -> None:
     """Is this machine ready: native libraries, packages, GPU, SLURM, file system, data set.
