@@ -43,6 +43,7 @@ from resnet_dist.engine.precision import settled
 from resnet_dist.evaluate.judge import scores
 from resnet_dist.evaluate.passes import Interrupted, evaluate
 from resnet_dist.evaluate.views import eval_loader
+from resnet_dist.ranks.devices import broken_gpu
 from resnet_dist.ranks.distributed import World, broadcast_int, init_world, shutdown
 from resnet_dist.ranks.preemption import SignalFlag
 from resnet_dist.run.checkpoint import (
@@ -318,7 +319,7 @@ class Heart:
 
 def failure_code(error: Exception, otherwise: int) -> int:
     """NODE, CRASHED or `otherwise`: an errno is never bad input."""
-    if node_at_fault(error):
+    if node_at_fault(error) or broken_gpu(error):
         return NODE
     return CRASHED if errno_of(error) else otherwise
 

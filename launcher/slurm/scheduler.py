@@ -68,6 +68,15 @@ def requeue(job: str, restart: int, patience_s: float) -> bool:
         pause *= 2
 
 
+def exclude(job: str, node: str) -> bool:
+    """Keep a job that waits off one more node; whether SLURM obeyed."""
+    text = ask(["scontrol", "show", "job", "--oneliner", job], 5) or ""
+    known = re.search(r"ExcNodeList=(\S+)", text)
+    nodes = [] if known is None or known[1] == "(null)" else [known[1]]
+    return ask(["scontrol", "update", f"JobId={job}",
+                f"ExcNodeList={','.join([*nodes, node])}"], 5) is not None
+
+
 def cancel(job: str, *, kill: bool) -> str:
     """End a job for good; `kill`: without the grace in which it saves. Returns SLURM's refusal."""
     _, refusal = answer(["scancel", job], 15)

@@ -26,6 +26,7 @@ class Attempt:
     trouble: str = ""  # a lost node, a hang, a save that took too long
     hang: bool = False
     lost: bool = False
+    bad_node: int | None = None  # which another allocation shall not get
     killed: bool = False
     stop: str = ""  # why the workers were asked to save
     failures: list[Exit] = field(default_factory=list)  # before `killed`, in the order of arrival

@@ -6,17 +6,20 @@ the same job; from then on every line carries an HMAC over its direction, its nu
 content, so that nothing can be forged, replayed or reordered. The content is not encrypted. Lines
 are JSON and short; nothing is unpickled. When all nodes are connected the listener is closed.
 
-A lost connection is a lost node. A supervisor that says nothing for `SILENCE_S` counts as lost.
+A lost connection is a lost node. A supervisor that says nothing for `SILENCE_S` counts as lost; a
+thread says that it lives, so that one which waits for a file server is not taken for dead.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import json
 import logging
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -25,9 +28,10 @@ log = logging.getLogger(__name__)
 
 Message = dict[str, Any]
 MAX_LINE = 65_536
-SILENCE_S = 30.0
+SILENCE_S = 60.0  # a supervisor may be suspended for a while
 PING_S = 2.0
 HANDSHAKE_S = 1.0
+PARTING_S = 1.0
 CANDIDATES = 16
 _PORTS = range(20_000, 32_000)  # below the range from which outgoing connections take theirs
 
@@ -50,31 +54,24 @@ class Wire:
         self._key = b""
         self._sent = self._received = 0
         self._buffer = b""
-        self._heard = self._spoke = time.monotonic()
+        self._heard = time.monotonic()
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
 
     def send(self, body: Message) -> None:
         """Raises: Lost."""
         text = json.dumps(body)
-        mac = self._mac(self._own, self._sent, text)
-        self._sent += 1
-        self._spoke = time.monotonic()
-        self._write(json.dumps([text, mac]).encode())
+        with self._lock:
+            mac = self._mac(self._own, self._sent, text)
+            self._sent += 1
+            self._write(json.dumps([text, mac]).encode())
 
     def receive(self) -> list[Message]:
-        """What has arrived, without waiting; also keeps the connection alive. Raises: Lost."""
+        """What has arrived, without waiting. Raises: Lost."""
         now = time.monotonic()
-        if now - self._spoke > PING_S:
-            self.send({"kind": "ping"})
-        self._socket.settimeout(0)
         try:
-            while data := self._socket.recv(65_536):
-                self._buffer += data
-                self._heard = now
-                if len(self._buffer) > 64 * MAX_LINE:
-                    raise Lost("it talks without end")
-            closed = True
-        except (BlockingIOError, TimeoutError):
-            closed = False
+            with self._lock:
+                closed = self._take(now)
         except OSError as error:
             raise Lost(str(error)) from None
         messages = [body for body in self._lines() if body.get("kind") != "ping"]
@@ -83,6 +80,24 @@ class Wire:
         if now - self._heard > SILENCE_S:
             raise Lost(f"silent for {SILENCE_S:.0f} s")
         return messages
+
+    def _take(self, now: float) -> bool:
+        """Whether the other side has closed."""
+        self._socket.settimeout(0)
+        try:
+            while data := self._socket.recv(65_536):
+                self._buffer += data
+                self._heard = now
+                if len(self._buffer) > 64 * MAX_LINE:
+                    raise Lost("it talks without end")
+        except (BlockingIOError, TimeoutError):
+            return False
+        return True
+
+    def _ping(self) -> None:
+        while not self._closed.wait(PING_S):
+            with contextlib.suppress(Lost):  # `receive` will tell
+                self.send({"kind": "ping"})
 
     def _lines(self) -> Iterator[Message]:
         while b"\n" in self._buffer:
@@ -124,9 +139,18 @@ class Wire:
                 raise Lost("it does not know the run's secret, or belongs to another incarnation")
         except (OSError, ValueError, TypeError) as error:
             raise Lost(f"handshake failed: {error}") from None
+        threading.Thread(target=self._ping, daemon=True, name="ping").start()
         return peer
 
     def close(self) -> None:
+        """Last words arrive: a socket that is closed over unread bytes would take them back."""
+        self._closed.set()
+        deadline = time.monotonic() + PARTING_S
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
+            self._socket.settimeout(PARTING_S)
+            while self._socket.recv(65_536) and time.monotonic() < deadline:
+                pass
         self._socket.close()
 
     def _mac(self, side: str, number: int, text: str) -> str:

@@ -121,15 +121,22 @@ def requeue(run: RunPaths, place: Place, why: str, grace_s: float) -> Outcome:
     return Outcome("requeued" if obeyed else "requeue", why)
 
 
-def requeue_crashed(run: RunPaths, place: Place, why: str, grace_s: float) -> Outcome:
-    """As `requeue`, once the crash is on the disk: the next incarnation has to count it."""
+def requeue_crashed(run: RunPaths, place: Place, why: str, grace_s: float,
+                    bad_node: str = "") -> Outcome:
+    """As `requeue`, once the crash is on the disk: the next incarnation has to count it.
+
+    bad_node: the next incarnation shall not get it.
+    """
     deadline = time.monotonic() + COUNT_S
     while error := write_events(run):
         if time.monotonic() > deadline:
             return Outcome("failed", f"{why} (and {run.jobs} cannot be written, so that restarts "
                                      f"would not be counted: {error}; free space, then resume)")
         time.sleep(1)
-    return requeue(run, place, why, grace_s)
+    outcome = requeue(run, place, why, grace_s)
+    if bad_node and outcome.kind == "requeued":
+        record(run, "excluded", node=bad_node, obeyed=scheduler.exclude(place.job, bad_node))
+    return outcome
 
 
 def decide(facts: JobFacts | None, restart: int, warned: bool) -> str:

@@ -25,6 +25,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import IO, Any
 
 from launcher.journal.events import (
@@ -61,6 +62,7 @@ from launcher.supervise.workers import (
     DIVERGED,
     FINISHED,
     KILL_S,
+    NODE,
     Exit,
     Workers,
     train_command,
@@ -191,8 +193,8 @@ class Supervisor:
                 return Outcome("failed", attempt.cause, BAD_INPUT)
             if verdict:
                 return Outcome("failed", verdict)
-            if attempt.lost:
-                return self._lost_node(attempt.cause)
+            if attempt.lost or (attempt.bad_node is not None and self._place.where == "slurm"):
+                return self._lost_node(attempt.cause, attempt.bad_node)
             log.warning("%s; restarting from step %d", attempt.cause, self._folder.step())
             self._back_off()
 
@@ -253,7 +255,7 @@ class Supervisor:
                 self._take(attempt, self._workers.kill())
             if attempt.killed and time.monotonic() > kill_at + KILL_S + 5:
                 missing = sorted(set(range(world)) - set(attempt.exits))
-                attempt.lost = True
+                attempt.lost, attempt.bad_node = True, self._node_of(missing[0])
                 attempt.trouble = (f"{attempt.cause}; " if attempt.cause else "") + (
                     "SIGKILL did not end rank " + ", ".join(map(str, missing)))
                 break
@@ -289,6 +291,11 @@ class Supervisor:
             attempt.exits[exit.rank] = exit
             if exit.failed and not attempt.killed:
                 attempt.failures.append(exit)
+                if exit.code == NODE:
+                    attempt.bad_node = node = self._node_of(exit.rank)
+                    exit = replace(exit, reason=f"{exit.reason} (node {self._place.names[node]} "
+                                                "is at fault)")
+                    attempt.exits[exit.rank] = attempt.failures[-1] = exit
                 self._record("exit", attempt=attempt.number, rank=exit.rank, code=exit.code,
                              reason=exit.reason)
 
@@ -300,6 +307,9 @@ class Supervisor:
                 f"node {self._place.names[node]} is gone ({reason})")
             for rank in range(node * per_node, (node + 1) * per_node):
                 attempt.exits.setdefault(rank, Exit(rank, -signal.SIGKILL, "its node is gone"))
+
+    def _node_of(self, rank: int) -> int:
+        return rank // self._config.launch.ranks_per_node
 
     def _tell(self, attempt: Attempt, body: Message) -> None:
         if self._hub:
@@ -339,14 +349,14 @@ class Supervisor:
             return Outcome("requeued", why)
         return Outcome("stopped", f"{why} ({verdict})")
 
-    def _lost_node(self, why: str) -> Outcome:
-        """The allocation cannot go on; another one may."""
+    def _lost_node(self, why: str, bad: int | None = None) -> Outcome:
+        """The allocation cannot go on; another one may, without the bad node."""
         if self._place.where != "slurm":
             return Outcome("failed", why)
-        return self._requeue_crashed(why)
+        return self._requeue_crashed(why, "" if bad is None else self._place.names[bad])
 
-    def _requeue_crashed(self, why: str) -> Outcome:
-        return requeue_crashed(self._run, self._place, why, self._config.launch.grace_s)
+    def _requeue_crashed(self, why: str, bad_node: str = "") -> Outcome:
+        return requeue_crashed(self._run, self._place, why, self._config.launch.grace_s, bad_node)
 
     def _requeue(self, why: str) -> Outcome:
         return requeue(self._run, self._place, why, self._config.launch.grace_s)

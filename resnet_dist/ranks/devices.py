@@ -31,6 +31,10 @@ _PCI = Path("/sys/bus/pci/devices")
 # A core makes 1,400 images/s of 224 pixels (RESULTS.md) and no GPU takes 10,000 of ResNet-50, so
 # twice as many are plenty, whatever is drawn on top.
 _PLENTY = 16
+_BROKEN = re.compile(
+    r"\bECC\b|\bXid\b|fallen off the bus|hardware stack error|unhandled cuda error|NVLink|"
+    r"CUDA (driver )?error: (?!out of memory|device-side assert|invalid|an illegal|misaligned|no "
+    r"kernel image|too many resources)", re.IGNORECASE)
 
 
 def choose_device(config: Config, local_rank: int) -> torch.device:
@@ -60,6 +64,11 @@ def choose_device(config: Config, local_rank: int) -> torch.device:
         raise RuntimeError(f"CUDA error: {text}; `nvidia-smi` there should say why")
     raise ConfigError(f"{text}; install a driver and a torch that fit each other, ask for GPUs "
                       "with launch.gpus_per_rank=1, or use device=cpu")
+
+
+def broken_gpu(error: BaseException) -> bool:
+    """Whether the card or its driver failed, as far as CUDA tells; not the program, nor memory."""
+    return bool(_BROKEN.search(f"{type(error).__name__}: {error}"))
 
 
 def _hidden() -> bool:

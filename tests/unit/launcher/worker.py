@@ -72,6 +72,9 @@ def misbehave(what: str, step: int) -> None:
         case "bad input":
             print("batch_size = 7: must divide", file=sys.stderr)
             sys.exit(2)
+        case "broken node":
+            print("AcceleratorError: CUDA error: uncorrectable ECC error", file=sys.stderr)
+            sys.exit(74)
         case "diverge":
             print(f"step {step}: loss is not finite", file=sys.stderr)
             sys.exit(3)

@@ -105,6 +105,16 @@ def test_a_closed_connection_is_noticed_at_once():
         assert time.monotonic() - began < 0.5
 
 
+def test_a_side_that_is_busy_is_not_silent(monkeypatch):
+    monkeypatch.setattr(channel, "SILENCE_S", 0.3)
+    monkeypatch.setattr(channel, "PING_S", 0.05)
+    with pair() as (_, node, _):  # the leader's main thread reads a file, say
+        end = time.monotonic() + 1
+        while time.monotonic() < end:
+            assert node.receive() == []
+            time.sleep(0.02)
+
+
 def test_silence_is_noticed(monkeypatch):
     monkeypatch.setattr(channel, "SILENCE_S", 0.3)
     with pair() as (_, node, _):

@@ -20,7 +20,7 @@ from launcher.supervise.incarnation import Outcome, Place
 from launcher.supervise.supervisor import Supervisor
 from launcher.supervise.workers import Pulse
 from resnet_dist.run.paths import RunPaths
-from resnet_dist.train import Heart
+from resnet_dist.train import CRASHED, NODE, Heart, failure_code
 from tests.unit.launcher import stand_in
 
 
@@ -156,3 +156,34 @@ def test_silence_proves_nothing_where_the_file_system_does_not_tell():
     pulse = Pulse(last=1, since=0.0)
     pulse.feel(None, 50.0)
     assert (pulse.since, pulse.beats) == (50.0, 0)
+
+
+def test_a_broken_gpu_costs_its_node_and_not_three_restarts(tmp_path, monkeypatch):
+    run, config = stand_in.make_run(tmp_path / "run", ranks=1, faults={
+        "1": {"rank": 0, "step": 13, "do": "broken node"}})
+    asked = []
+    monkeypatch.setattr(incarnation, "requeue", lambda *_: Outcome("requeued"))
+    monkeypatch.setattr(incarnation.scheduler, "exclude", lambda *words: asked.append(words))
+    outcome = lead(run, config, Place("slurm", "61", 0, 0, ("n7",)))
+    assert outcome.kind == "requeued"
+    assert asked == [("61", "n7")]
+    (crashed,) = [e for e in read_events(run) if e["event"] == "crashed"]
+    assert crashed["cause"].endswith("uncorrectable ECC error (node n7 is at fault)")
+
+
+def test_a_node_that_fails_outside_slurm_is_restarted(tmp_path):
+    run, config = stand_in.make_run(tmp_path / "run", ranks=1, faults={
+        "1": {"rank": 0, "step": 13, "do": "broken node"}})
+    assert lead(run, config).kind == "finished"
+
+
+@pytest.mark.parametrize(("said", "broken"), [
+    ("CUDA error: uncorrectable ECC error encountered", True),
+    ("CUDA error: unspecified launch failure", True),
+    ("CUDA error: device = auto: n7 has nvidia0, but torch cannot use them", True),
+    ("NCCL error: unhandled cuda error (run with NCCL_DEBUG=INFO for details)", True),
+    ("CUDA error: out of memory", False), ("CUDA out of memory. Tried to allocate 2 GiB", False),
+    ("CUDA error: device-side assert triggered", False),
+    ("CUDA error: an illegal memory access was encountered", False), ("no such luck", False)])
+def test_what_counts_as_a_broken_gpu(said, broken):
+    assert failure_code(RuntimeError(said), CRASHED) == (NODE if broken else CRASHED)
