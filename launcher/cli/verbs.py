@@ -328,14 +328,15 @@ def main() -> None:
         app(standalone_mode=True)
     except (ValueError, RuntimeError) as error:
         # Late imports: `--help` need not wait for them.
+        from rich.markup import escape
+
         from data_prep.conversion.pool import ConvertError
         from resnet_dist.config.schema import ConfigError
 
         if not isinstance(error, (ConfigError, ConvertError)):
             raise
         for line in str(error).splitlines():
-            errors.print("[red]error[/]  ", end="")
-            errors.print(line, markup=False, highlight=False, soft_wrap=True)
+            errors.print(f"[red]error[/]  {escape(line)}", highlight=False, soft_wrap=True)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
 
 

@@ -28,13 +28,12 @@ from resnet_dist.config.schema import ConfigError
 from resnet_dist.data.shards.manifest import check_dataset
 from resnet_dist.run.atomic import write_atomically
 
+_AGAIN = "run `./install.sh` again"
 _NATIVE = {
-    "torch": ("import torch; print(torch.__version__)", "run `./install.sh` again"),
-    "ffcv": ("import importlib.metadata, ffcv._libffcv, ffcv; "
-             "print(importlib.metadata.version('ffcv'))", "run `./install.sh` again"),
-    "deepspeed": ("import deepspeed; print(deepspeed.__version__)", "run `./install.sh` again"),
-    "decoder": ("from resnet_dist.data.decode.decoder import library; print(library()._name)",
-                "run `./install.sh` again"),
+    "torch": "import torch; print(torch.__version__)",
+    "ffcv": "import importlib.metadata as m, ffcv._libffcv, ffcv; print(m.version('ffcv'))",
+    "deepspeed": "import deepspeed; print(deepspeed.__version__)",
+    "decoder": "from resnet_dist.data.decode.decoder import library; print(library()._name)",
 }
 # What a library that is not found comes with, by the beginning of its name.
 _LIBRARIES = {"libopencv_": "libopencv-dev", "libturbojpeg": "libturbojpeg0-dev",
@@ -59,8 +58,7 @@ def examine(folder: Path = Path(), *, slurm: bool = True, data: str | None = Non
     """
     findings = [finding("ok", "python", platform.python_version()),
                 *(_package(name) for name in ("submitit", "tensorboard", "numpy"))]
-    findings += [_with_package(_child(name, code, remedy))
-                 for name, (code, remedy) in _NATIVE.items()]
+    findings += [_with_package(_child(name, code, _AGAIN)) for name, code in _NATIVE.items()]
     findings += [_cpus(), *_gpus(), *(slurm_findings() if slurm else ()), *_file_system(folder)]
     return findings + ([_dataset(data)] if data is not None else [])
 
@@ -81,7 +79,7 @@ def _package(name: str) -> Finding:
     try:
         return finding("ok", name, importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
-        return finding("problem", name, "not installed", "run `make quickstart` again")
+        return finding("problem", name, "not installed", _AGAIN)
 
 
 def _child(what: str, code: str, remedy: str) -> Finding:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -80,14 +80,14 @@ def print_logs(console: Console, run: RunPaths, *, ranks: Sequence[int] = (),
     if not any(run.logs.glob("rank_*.log")) and not follow:
         console.print(f"no logs yet in {run.logs}; `resnet-dist status {run.name}` says why")
         return
-    tails: dict[Path, _Tail] = {}
+    logs: dict[Path, Iterator[list[Entry]]] = {}
     try:
         while True:
             over = run_status(run).over  # asked before reading, so that the last lines are read
             spans = _attempts(run)
             files = map(run.rank_log, ranks) if ranks else run.logs.glob("rank_*.log")
             entries = [entry for file in sorted(files)
-                       for entry in tails.setdefault(file, _Tail(file)).read()]
+                       for entry in next(logs.setdefault(file, _read(file)))]
             for entry in sorted(entries, key=lambda entry: entry.time):
                 number = max((each for each, began in spans.items() if began <= entry.time),
                              default=None)
@@ -101,35 +101,28 @@ def print_logs(console: Console, run: RunPaths, *, ranks: Sequence[int] = (),
         return
 
 
-class _Tail:
-    """One rank's log, read on from where the last call ended."""
+def _read(file: Path) -> Iterator[list[Entry]]:
+    """One rank's log: the entries of all whole lines since the last time, again and again.
 
-    def __init__(self, file: Path) -> None:
-        self._file, self._offset = file, 0
-        self._last = Entry(0.0, int(file.stem.removeprefix("rank_")), "INFO", [])
-
-    def read(self) -> list[Entry]:
-        """The entries of all whole lines since the last call.
-
-        Lines that continue an entry which was returned before come as one of its time and level.
-        """
-        with open(self._file, "rb") as handle:
-            handle.seek(self._offset)
+    Lines that continue an entry which was given before come as one of its time and level.
+    """
+    offset, last = 0, Entry(0.0, int(file.stem.removeprefix("rank_")), "INFO", [])
+    while True:
+        with open(file, "rb") as handle:
+            handle.seek(offset)
             data = handle.read()
         end = data.rfind(b"\n") + 1
-        self._offset += end
-        last = self._last
-        entries = [Entry(last.time, last.rank, last.level, [])]
+        offset += end
+        entries = [replace(last, lines=[])]
         for text in data[:end].decode(errors="replace").splitlines():
-            found = _STAMP.match(text)
-            if found:
+            if found := _STAMP.match(text):
                 # Without a Z, as earlier versions wrote it, it is the local time of a node.
                 moment = datetime.fromisoformat(f"{found[1]}.{found[2]}{found[3]}")
                 level = found[4] if found[4] in LEVELS else "INFO"
                 entries.append(Entry(moment.timestamp(), last.rank, level, []))
             entries[-1].lines.append(text)
-        self._last = entries[-1]
-        return [entry for entry in entries if entry.lines]
+        last = entries[-1]
+        yield [entry for entry in entries if entry.lines]
 
 
 def _attempts(run: RunPaths) -> dict[int, float]:

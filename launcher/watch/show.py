@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +133,8 @@ def _number(value: float | None, form: str) -> str:
 def duration(seconds: float) -> str:
     """`95` -> `1m35s`; two units are enough."""
     seconds = int(seconds)
-    for unit, size, next_unit, next_size in (("d", 86_400, "h", 3600), ("h", 3600, "m", 60),
-                                             ("m", 60, "s", 1)):
+    units = ((86_400, "d"), (3600, "h"), (60, "m"), (1, "s"))
+    for (size, unit), (less, smaller) in pairwise(units):
         if seconds >= size:
-            return f"{seconds // size}{unit}{seconds % size // next_size:02d}{next_unit}"
+            return f"{seconds // size}{unit}{seconds % size // less:02d}{smaller}"
     return f"{seconds}s"
