@@ -143,7 +143,7 @@ def answer(command: list[str], timeout_s: float) -> tuple[str | None, str]:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s,
                               env={**os.environ, "LC_ALL": "C"}, stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired:
-        return None, f"no answer within {timeout_s:.0f} s"
+        return None, f"timed out after {timeout_s:.0f} s"
     except OSError as error:
         return None, str(error)
     if done.returncode:

@@ -461,7 +461,7 @@ def test_a_controller_that_is_away_is_told_in_words(cluster: Path,
         raise subprocess.TimeoutExpired(command, 15)
 
     monkeypatch.setattr(subprocess, "run", late)
-    assert cancel("5", kill=True) == "no answer within 15 s"
+    assert cancel("5", kill=True) == "timed out after 15 s"
 
 
 def test_more_steps_that_raise_the_rate_again_are_asked_about(
