@@ -29,7 +29,7 @@ from launcher.frozen.freeze import (
 )
 from launcher.frozen.identity import check_identity
 from launcher.frozen.source import SOURCE_ROOT, code_fingerprint
-from launcher.supervise.supervisor import supervise_here
+from launcher.supervise.here import supervise_here
 from launcher.watch.status import run_status
 from resnet_dist.config.explain import nearest
 from resnet_dist.config.load import load_config, load_frozen

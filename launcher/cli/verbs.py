@@ -2,7 +2,7 @@
 `bench_verbs` have those on data sets and of bench.
 
 Every verb delegates to one function, imported when the verb runs, so that `--help` stays instant.
-Exit codes: 0 done, 1 failed, 2 bad input.
+Exit codes: 0 done, 1 failed, 2 bad input, 75 stopped before its last step (`train`).
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -81,6 +82,7 @@ class Echo:
         with open(self._file, "rb") as file:
             file.seek(self._at)
             text = file.read()
-        self._to.write(text)
-        self._to.flush()
+        with suppress(OSError):  # the terminal may be gone
+            self._to.write(text)
+            self._to.flush()
         self._at += len(text)

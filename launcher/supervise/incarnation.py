@@ -36,6 +36,8 @@ from resnet_dist.run.paths import RunPaths
 log = logging.getLogger(__name__)
 
 POLL_S = 0.05
+HELD_S = 120.0  # so long is a lock waited for whose holder SLURM cannot tell of
+_LIVING = ("RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT")
 GATHER_S = 120.0  # nodes of one job start within this time
 COUNT_S = 60.0  # a full disk is given this time to take what must be counted
 TAKEOVER_S = 10.0  # an incarnation that SLURM has requeued may still be ending
@@ -80,7 +82,9 @@ class Signals:
     def installed(self) -> Iterator[Signals]:
         """Replaces submitit's handlers, which know rank 0 alone, ignore SIGTERM, and act inside
         the handler."""
-        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+        numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+            numbers.append(signal.SIGHUP)
         before = {number: signal.signal(number, self._note) for number in numbers}
         try:
             yield self
@@ -99,7 +103,8 @@ class Signals:
     @property
     def final(self) -> bool:
         """Whether one of them ends a job, as far as the signal tells."""
-        return any(number in (signal.SIGTERM, signal.SIGINT) for number in self.received)
+        return any(number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+                   for number in self.received)
 
 
 def note_crash(run: RunPaths, attempt: int, cause: str, max_restarts: int, **more: int) -> str:
@@ -173,17 +178,24 @@ def lease(run: RunPaths, place: Place) -> Iterator[str]:
 
     An earlier incarnation of the same job may still hold it. It is waited for, and then replaced:
     SLURM would not have started this one if it had not given that one up, e.g. because its node's
-    slurmd is dead. From then on its commits are refused, and it ends as soon as it looks.
+    slurmd is dead. Likewise a job that SLURM no longer has: a file server may keep a dead node's
+    lock. From then on its commits are refused, and it ends as soon as it looks.
     """
-    deadline = time.monotonic() + (TAKEOVER_S if place.restart else 5)
-    handle = _try_lease(run)
-    while handle is None and time.monotonic() < deadline:
+    began = time.monotonic()
+    handle, gone, ask_at = _try_lease(run), False, began + (TAKEOVER_S if place.restart else 5)
+    while handle is None and not gone and time.monotonic() - began < HELD_S:
+        if time.monotonic() > ask_at:
+            lives = _lives(holder(run), place)
+            if lives:
+                break
+            gone, ask_at = lives is False, time.monotonic() + 10
         time.sleep(0.2)
         handle = _try_lease(run)
     mine = (f"{place.where} job {place.incarnation}, pid {os.getpid()} on {Process.this().host}")
     if handle is None:
         other = holder(run)
-        if not _outdated(other, place):
+        if not gone:
+            record(run, "refused", job=place.job, held_by=other)
             raise Held(f"{run.root} is run by {other}; stop that one first, or copy the "
                        "run under another name")
         log.warning("taking the run over from %s, which SLURM has given up", other)
@@ -192,8 +204,11 @@ def lease(run: RunPaths, place: Place) -> Iterator[str]:
     try:
         fcntl.flock(fresh, fcntl.LOCK_EX)
         os.write(fresh, f"{mine}\n".encode())
-        with locked(run.commit_lock, COMMIT_WAIT_S):  # no commit is under way
+        with locked(run.commit_lock, COMMIT_WAIT_S) as lock:  # no commit is under way
             os.replace(temporary, run.lease)
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, f"{mine}\n".encode(), 0)
+            os.fsync(lock)
         yield mine
     finally:
         os.close(fresh)
@@ -218,11 +233,20 @@ def _try_lease(run: RunPaths) -> int | None:
     return None
 
 
-def _outdated(other: str, place: Place) -> bool:
-    """Whether a lease names an earlier incarnation of the same SLURM job."""
+def _lives(other: str, place: Place) -> bool | None:
+    """Whether whoever a lease names still runs; None where nobody tells.
+
+    What is no SLURM job holds its lock itself: this machine's kernel lets go of a dead one's.
+    """
     named = re.match(r"slurm job ([\d_]+)\.(\d+),", other)
-    return bool(place.where == "slurm" and named and named[1] == place.job
-                and int(named[2]) < place.restart)
+    if not named or place.where != "slurm":
+        return True
+    if named[1] == place.job:
+        return int(named[2]) >= place.restart
+    states = scheduler.queue_states([named[1]])
+    if states is None:
+        return None
+    return named[1] in states and states[named[1]].state in _LIVING
 
 
 def log_to_stderr(node: int) -> None:

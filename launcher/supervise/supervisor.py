@@ -20,9 +20,7 @@ What ends an attempt, and what follows (imports no torch; safetensors and models
 from __future__ import annotations
 
 import logging
-import os
 import signal
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -45,13 +43,11 @@ from launcher.supervise.follower import Follower
 from launcher.supervise.incarnation import (
     GATHER_S,
     POLL_S,
-    Held,
     Outcome,
     Place,
     Signals,
     decide,
     lease,
-    log_to_stderr,
     note_crash,
     read_secret,
     requeue,
@@ -67,7 +63,6 @@ from launcher.supervise.workers import (
     Workers,
     train_command,
 )
-from resnet_dist.config.load import load_frozen
 from resnet_dist.config.schema import Config
 from resnet_dist.run.paths import RunPaths
 
@@ -104,6 +99,10 @@ class Supervisor:
             why = self._gather() if len(place.names) > 1 else ""
             with lease(self._run, place) as owner:
                 self._workers.owner = self._folder.owner = owner
+                if place.where == "foreground":  # the same command again has the same right to it
+                    self._run.stop_request.unlink(missing_ok=True)
+                    self._record("submitted", where=place.where, nodes=1, steps=self._config.steps,
+                                 batch_size=self._config.batch_size)
                 self._record("started", job=place.job, restart=place.restart, where=place.where,
                              nodes=list(place.names), steps=self._config.steps,
                              batch_size=self._config.batch_size, **Process.this().facts)
@@ -376,24 +375,3 @@ def supervise(run: RunPaths, config: Config, place: Place,
     """Be the supervisor of a node until the incarnation ends."""
     kind = Follower if place.node else Supervisor
     return kind(run, config, place, command=command).run()
-
-
-def supervise_here(run: RunPaths) -> int:
-    """Supervise a run in the foreground of this machine; the exit code. Ctrl-C saves and stops."""
-    config = load_frozen(run.config)
-    log_to_stderr(0)
-    run.stop_request.unlink(missing_ok=True)
-    record(run, "submitted", where="foreground", nodes=1, steps=config.steps,
-           batch_size=config.batch_size)
-    place = Place("foreground", job=str(os.getpid()))
-    try:
-        outcome = Supervisor(run, config, place, echo=sys.stderr.buffer).run()
-    except Held as error:
-        log.error("%s", error)
-        return 1
-    if outcome.kind == "failed":
-        log.error("failed: %s", outcome.cause)
-        return outcome.code if outcome.code in (BAD_INPUT, DIVERGED) else 1
-    if outcome.kind == "stopped":
-        log.warning("stopped; the same command, or `resnet-dist resume %s`, continues", run.name)
-    return 0

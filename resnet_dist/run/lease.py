@@ -32,16 +32,19 @@ def holder(run: RunPaths) -> str:
 @contextmanager
 def commit_right(run: RunPaths, mine: str) -> Iterator[None]:
     """Inside, nobody takes the run over. Raises: OSError where somebody has."""
-    with locked(run.commit_lock, COMMIT_WAIT_S):
-        if holder(run) != mine:
-            raise OSError(f"{run.root} is run by {holder(run) or 'nobody'} now, and not by "
-                          f"{mine or 'a process without a lease'}")
+    with locked(run.commit_lock, COMMIT_WAIT_S) as lock:
+        # A network file system may remember an old file of that name; not under a lock.
+        locked_by = os.pread(lock, 4096, 0).decode(errors="replace").strip()
+        for owner in (holder(run), locked_by or mine):
+            if owner != mine:
+                raise OSError(f"{run.root} is run by {owner or 'nobody'} now, and not by "
+                              f"{mine or 'a process without a lease'}")
         yield
 
 
 @contextmanager
-def locked(path: Path, limit_s: float) -> Iterator[None]:
-    """An exclusive lock on `path`, waited for; a process that ends lets go of it.
+def locked(path: Path, limit_s: float) -> Iterator[int]:
+    """An exclusive lock on `path`, waited for; a process that ends lets go of it. Inside, a handle.
 
     Raises: OSError where another process holds it for longer than `limit_s`.
     """
@@ -57,6 +60,6 @@ def locked(path: Path, limit_s: float) -> Iterator[None]:
                     raise OSError(f"{path}: locked by another process for more than "
                                   f"{limit_s:.0f} s") from None
                 time.sleep(0.02)
-        yield
+        yield handle
     finally:
         os.close(handle)

@@ -35,7 +35,7 @@ STEPS, EVERY = 60, 10  # steps of a run, steps between checkpoints
 HANG_S = 15.0
 PATIENCE_S = 300.0  # for anything a trial waits for: the machine may be busy
 SUPERVISE = ("import sys; from pathlib import Path;"
-             "from launcher.supervise.supervisor import supervise_here;"
+             "from launcher.supervise.here import supervise_here;"
              "from resnet_dist.run.paths import RunPaths;"
              "sys.exit(supervise_here(RunPaths(Path(sys.argv[1]))))")
 

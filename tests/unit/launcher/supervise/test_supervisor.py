@@ -314,21 +314,23 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_the_foreground_shows_rank_0_and_ctrl_c_saves(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_the_foreground_shows_rank_0_and_ctrl_c_or_a_closed_terminal_saves(tmp_path, number):
     run, _ = stand_in.make_run(tmp_path / "run", steps=2000)
-    code = ("import sys; from pathlib import Path; from launcher.supervise import supervisor; "
+    code = ("import sys; from pathlib import Path; "
+            "from launcher.supervise import here, supervisor; "
             "from resnet_dist.run.paths import RunPaths; run = RunPaths(Path(sys.argv[1])); "
             "supervisor.train_command = lambda run: [sys.executable, sys.argv[2], str(run.root)]; "
-            "sys.exit(supervisor.supervise_here(run))")
+            "sys.exit(here.supervise_here(run))")
     process = subprocess.Popen([sys.executable, "-c", code, str(run.root), str(stand_in.WORKER)],
                                stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while max(beats(run), default=(0, 0)) < (1, 5):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, said = process.communicate(timeout=20)
-    assert process.returncode == 0
+    assert process.returncode == 75, "half a model is no success"
     assert "rank 0 of attempt 1 starts at step 0" in said
     assert "rank 1 of attempt 1" not in said
     assert [e["event"] for e in read_events(run)][-2:] == ["saved", "stopped"]

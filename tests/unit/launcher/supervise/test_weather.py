@@ -13,12 +13,15 @@ from types import SimpleNamespace
 import pytest
 
 from launcher.journal.events import read_events, record
+from launcher.slurm import scheduler
 from launcher.submission.submit import prepare
 from launcher.supervise import folder, incarnation, supervisor, workers
 from launcher.supervise.folder import Folder
+from launcher.supervise.here import supervise_here
 from launcher.supervise.incarnation import Outcome, Place
 from launcher.supervise.supervisor import Supervisor
 from launcher.supervise.workers import Pulse
+from resnet_dist.run.lease import commit_right, holder
 from resnet_dist.run.paths import RunPaths
 from resnet_dist.train import CRASHED, NODE, Heart, failure_code
 from tests.unit.launcher import stand_in
@@ -187,3 +190,44 @@ def test_a_node_that_fails_outside_slurm_is_restarted(tmp_path):
     ("CUDA error: an illegal memory access was encountered", False), ("no such luck", False)])
 def test_what_counts_as_a_broken_gpu(said, broken):
     assert failure_code(RuntimeError(said), CRASHED) == (NODE if broken else CRASHED)
+
+
+@pytest.mark.parametrize("queue", [{}, None, {
+    "7": scheduler.Queued("RUNNING", "", "n1")}])
+def test_a_lock_that_a_file_server_keeps_for_a_dead_node(tmp_path, monkeypatch, queue):
+    """The holder's job is unknown to SLURM, SLURM does not answer, or the job runs."""
+    run, _ = stand_in.make_run(tmp_path / "run")
+    monkeypatch.setattr(incarnation, "HELD_S", 6.0)
+    monkeypatch.setattr(scheduler, "queue_states", lambda jobs: queue)
+    with incarnation.lease(run, Place("slurm", "7")) as dead:
+        if queue != {}:
+            with pytest.raises(incarnation.Held, match=r"slurm job 7\.0"):
+                with incarnation.lease(run, Place("slurm", "8")):
+                    pass
+            assert read_events(run)[-1]["event"] == "refused"
+            return
+        with incarnation.lease(run, Place("slurm", "8")) as mine:
+            assert holder(run) == mine
+            with pytest.raises(OSError, match="run by slurm job 8"):
+                with commit_right(run, dead):
+                    pass
+
+
+def test_a_commit_is_refused_by_the_lock_where_the_lease_is_remembered(tmp_path):
+    run = RunPaths(tmp_path)
+    with incarnation.lease(run, Place("slurm", "7")) as old:
+        remembered = run.lease.read_text()
+    with incarnation.lease(run, Place("slurm", "8")):
+        run.lease.write_text(remembered)  # as an attribute cache shows it
+        with pytest.raises(OSError, match="run by slurm job 8"):
+            with commit_right(run, old):
+                pass
+
+
+def test_a_second_train_harms_no_run_that_runs(tmp_path):
+    run, _ = stand_in.make_run(tmp_path / "run", ranks=1)
+    run.stop_request.touch()
+    with incarnation.lease(run, Place("foreground", "1")):
+        assert supervise_here(run) == 1
+    assert run.stop_request.exists()
+    assert [e["event"] for e in read_events(run)] == ["refused"]
