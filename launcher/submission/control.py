@@ -28,7 +28,7 @@ from resnet_dist.config.schema import Config, ConfigError
 from resnet_dist.data.shards.manifest import check_dataset
 from resnet_dist.run.paths import RunPaths
 
-_MAY_CHANGE = ("cluster", "launch", "checkpoint", "log", "eval", "data")
+_MAY_CHANGE = ("cluster", "launch", "checkpoint", "log", "eval", "data", "divergence")
 
 
 def stop(run: RunPaths, *, now: bool) -> str:

@@ -26,6 +26,7 @@ class Attempt:
     exits: dict[int, Exit] = field(default_factory=dict)
     trouble: str = ""  # a lost node, a hang, a save that took too long
     hang: bool = False
+    stopped: bool = False  # the rank that hangs is in state T
     lost: bool = False
     bad_node: int | None = None  # which another allocation shall not get
     killed: bool = False
@@ -60,10 +61,13 @@ class Attempt:
             return self.trouble
         return f"rank {self.failure.rank}: {self.failure.reason}"
 
-    def note_hang(self, rank: int, silence_s: float) -> None:
-        if not self.trouble and not self.failures and not self.stop:
-            self.hang = True
-            self.trouble = f"rank {rank} made no step for {silence_s:.0f} s"
+    def note_hang(self, rank: int, silence_s: float, stopped: bool) -> None:
+        """Of the ranks that are silent, one that is stopped is to blame: the others wait for it."""
+        first = not self.trouble and not self.failures and not self.stop
+        if first or (self.hang and stopped and not self.stopped):
+            self.hang, self.stopped = True, stopped
+            self.trouble = (f"rank {rank} made no step for {silence_s:.0f} s"
+                            + " and is stopped (state T)" * stopped)
 
 
 class Echo:

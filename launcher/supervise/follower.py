@@ -84,7 +84,7 @@ class Follower:
             if not hung_told and (hung := self._workers.hung()):
                 hung_told = True
                 wire.send({"kind": "hung", "attempt": number, "rank": hung[0][0],
-                           "silence_s": hung[0][1]})
+                           "silence_s": hung[0][1], "stopped": hung[0][2]})
             time.sleep(POLL_S)
 
     def _report(self, wire: Wire, attempt: int, exits: list[Exit]) -> None:

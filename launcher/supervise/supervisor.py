@@ -69,6 +69,9 @@ from resnet_dist.run.paths import RunPaths
 log = logging.getLogger(__name__)
 
 
+BLAME_S = 1.0
+
+
 class Supervisor:
     """The supervisor of node 0, which decides.
 
@@ -234,6 +237,7 @@ class Supervisor:
                 return attempt
             if attempt.troubled and not attempt.stop:
                 if attempt.hang and kill_at == float("inf"):
+                    self._hear_blame(attempt)
                     self._tell(attempt, {"do": "abort"})
                     self._workers.abort()
                 kill_at = min(kill_at, now + attempt.patience_s)
@@ -266,8 +270,8 @@ class Supervisor:
     def _collect(self, attempt: Attempt) -> None:
         """Take in what happened on all nodes since the last call."""
         self._take(attempt, self._workers.poll())
-        for rank, silence_s in self._hung(attempt):
-            attempt.note_hang(rank, silence_s)
+        for each in self._hung(attempt):
+            attempt.note_hang(*each)
         if not self._hub:
             return
         messages, lost = self._hub.receive()
@@ -276,13 +280,20 @@ class Supervisor:
                 self._take(attempt, [Exit(*each) for each in body["exits"]
                                      if body["attempt"] == attempt.number])
             elif body["kind"] == "hung" and body["attempt"] == attempt.number:
-                attempt.note_hang(body["rank"], body["silence_s"])
+                attempt.note_hang(body["rank"], body["silence_s"], body["stopped"])
             elif body["kind"] == "signal":
                 log.warning("node %s received %s", self._place.names[node], body["name"])
                 self._signals.received.append(signal.Signals[body["name"]])
         self._note_lost(attempt, lost)
 
-    def _hung(self, attempt: Attempt) -> list[tuple[int, float]]:
+    def _hear_blame(self, attempt: Attempt) -> None:
+        """Before what hangs is ended: another node may know the rank for which all wait."""
+        deadline = time.monotonic() + BLAME_S
+        while self._hub and not attempt.stopped and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+            self._collect(attempt)
+
+    def _hung(self, attempt: Attempt) -> list[tuple[int, float, bool]]:
         return [] if attempt.stop or attempt.trouble else self._workers.hung()
 
     def _take(self, attempt: Attempt, exits: list[Exit]) -> None:

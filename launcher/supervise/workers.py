@@ -21,6 +21,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from launcher.supervise.memory import limit_text, oom_kills
 from resnet_dist.run.file_errors import waited_out
@@ -181,8 +182,9 @@ class Workers:
                 process.wait(max(0.0, deadline - time.monotonic()))
         return self.poll()
 
-    def hung(self) -> list[tuple[int, float]]:
-        """(rank, seconds since its last step) of the ranks that are silent for too long.
+    def hung(self) -> list[tuple[int, float, bool]]:
+        """(rank, seconds since its last step, whether it is stopped) of the ranks that are silent
+        for too long; one that is stopped comes first.
 
         The clock is this machine's, and starts when a heartbeat is seen to change: clocks of the
         file server do not matter.
@@ -193,12 +195,12 @@ class Workers:
             pulse.feel(self._beat(rank), now)
             limit_s = pulse.limit_s(self._hang_s, adaptive=self._adaptive)
             if now - pulse.since > limit_s:
-                silent.append((rank, now - pulse.since))
+                silent.append((rank, now - pulse.since, _stopped(self._running[rank].pid)))
             elif now - pulse.since > limit_s / 3 and not pulse.warned and pulse.beats:
                 pulse.warned = True
                 log.warning("rank %d made no step for %.0f s; it will be ended after %.0f s", rank,
                             now - pulse.since, limit_s)
-        return silent
+        return sorted(silent, key=lambda each: not each[2])
 
     def _beat(self, rank: int) -> int | None:
         try:
@@ -229,6 +231,12 @@ class Workers:
             file.seek(max(self._log_start[rank], size - 16_384))
             lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
         return last_error(lines) or f"exit code {code} without a word; see {path}"
+
+
+def _stopped(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] in "Tt"
+    return False
 
 
 def last_error(lines: Sequence[str]) -> str:

@@ -40,7 +40,7 @@ def stage(dataset: Path, manifest: Manifest, split: str, scratch: Path,
     Raises: DataError where space is missing, a copy does not match, or `scratch` cannot be written.
     """
     shards = manifest.splits[split].shards
-    target = scratch / f"resnet-dist-{_fingerprint(shards)}"
+    target = scratch / f"resnet-dist-{os.getuid()}-{_fingerprint(shards)}"  # scratch is shared
     total = sum(shard.bytes for shard in shards)
     try:
         (target / split).mkdir(parents=True, exist_ok=True)

@@ -183,3 +183,9 @@ def test_read_ahead_brings_cold_pages_in_and_ends_with_its_reader(dataset):
         ahead.close()
         assert resident(reader) == 1
         assert threading.active_count() == before
+
+
+def test_the_second_user_of_a_scratch_has_a_folder_of_his_own(dataset, tmp_path, monkeypatch):
+    first = staged(dataset, tmp_path / "s")
+    monkeypatch.setattr(os, "getuid", lambda: 4242)
+    assert staged(dataset, tmp_path / "s") != first

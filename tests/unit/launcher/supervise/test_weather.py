@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,8 +15,10 @@ import pytest
 
 from launcher.journal.events import read_events, record
 from launcher.slurm import scheduler
+from launcher.submission.control import _changed
 from launcher.submission.submit import prepare
 from launcher.supervise import folder, incarnation, supervisor, workers
+from launcher.supervise.attempt import Attempt
 from launcher.supervise.folder import Folder
 from launcher.supervise.here import supervise_here
 from launcher.supervise.incarnation import Outcome, Place
@@ -231,3 +234,28 @@ def test_a_second_train_harms_no_run_that_runs(tmp_path):
         assert supervise_here(run) == 1
     assert run.stop_request.exists()
     assert [e["event"] for e in read_events(run)] == ["refused"]
+
+
+def test_the_stopped_rank_is_blamed_whoever_is_polled_first():
+    attempt = Attempt(1, 2)
+    attempt.note_hang(0, 60.2, False)
+    attempt.note_hang(1, 60.1, True)
+    attempt.note_hang(0, 61.0, False)
+    assert attempt.cause == "rank 1 made no step for 60 s and is stopped (state T)"
+
+
+def test_a_stopped_worker_is_seen_as_such(tmp_path):
+    run, _ = stand_in.make_run(tmp_path / "run", ranks=2)
+    each = workers.Workers(run, [sys.executable, "-c", "import time; time.sleep(60)"], node=0,
+                           ranks_per_node=2, hang_s=0.1)
+    pids = each.start(1, 2, "127.0.0.1", 1)
+    os.kill(pids[1], signal.SIGSTOP)
+    for pulse in each._pulses.values():
+        pulse.since -= 1000
+    assert [(rank, stopped) for rank, _, stopped in each.hung()] == [(1, True), (0, False)]
+    each.kill()
+
+
+def test_the_remedy_that_a_divergence_names_is_accepted(tmp_path):
+    _, config = stand_in.make_run(tmp_path / "run")
+    assert _changed(config, ["divergence.lr_factor=0.5"]).divergence.lr_factor == 0.5
