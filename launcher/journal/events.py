@@ -38,7 +38,7 @@ def record(run: RunPaths, event: str, **facts: Any) -> None:
 
     A full disk must not end a healthy run, so a failure is logged and not raised.
     """
-    line = json.dumps({"time": round(time.time(), 3), "event": event, **facts})
+    line = json.dumps({"time": round(time.time(), 6), "event": event, **facts})
     _unwritten.setdefault(run.jobs, []).append(line)
     if error := write_events(run):
         log.error("ALARM: %s not written: %s; the event was %s", run.jobs, error, line)
