@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -32,12 +33,14 @@ from data_prep.conversion.shown import shown
 from data_prep.conversion.write import convert_shard, encoding_of, read_record
 from data_prep.encode import jpeg
 from data_prep.options import ENCODING, FREE, ConvertConfig, parse_convert_overrides, validate
+from data_prep.sources.archives import WebDataset
 from data_prep.sources.arrays import CIFAR_PIXELS
 from data_prep.sources.classes import ClassList, read_classes
 from data_prep.sources.folders import open_reader, open_source
 from data_prep.sources.found import Source, SourceError
 from data_prep.sources.labels import read_labels
 from data_prep.sources.readings import Said
+from data_prep.sources.remote import located
 from resnet_dist.config.schema import ConfigError
 from resnet_dist.data.shards.manifest import Manifest, load_manifest
 from resnet_dist.run.paths import DatasetPaths
@@ -81,8 +84,16 @@ def opened_for(source: str, dst: Path, config: ConvertConfig, make: bool = True
     if Path(source).is_dir() and dst.resolve().is_relative_to(Path(source).resolve()):
         raise ConfigError(f"DST = {dst}: lies inside SOURCE = {source} and would be a class of it "
                           "the next time; name a directory outside")
+    if sys.getfilesystemencoding() != "utf-8":
+        raise ConfigError(f"PYTHONUTF8 = {os.environ.get('PYTHONUTF8')}: file names would be read "
+                          f"as {sys.getfilesystemencoding()}; unset it, or set LC_ALL=C.UTF-8")
     try:
         opened = open_source(source, config.take)
+        if config.image is not None:
+            if not isinstance(opened, WebDataset):
+                raise SourceError(f"image = {config.image}: chooses among the images of a "
+                                  f"WebDataset key, and {source} is none; drop it")
+            opened.image = config.image.removeprefix(".")
     except SourceError as error:
         raise ConfigError(str(error)) from None
     done = _already_there(opened, source, dst, config)
@@ -115,7 +126,7 @@ def prepare(opened: Source, source: str, dst: Path, config: ConvertConfig,
         known = read_classes(Path(config.classes)) if config.classes else None
         if base is not None:
             known = ClassList(base.classes, known.also if known else {})
-        labels = read_labels(Path(config.labels), path_column=config.labels_path,
+        labels = read_labels(located(config.labels), path_column=config.labels_path,
                              label_column=config.labels_label,
                              split_column=config.labels_split).rows if config.labels else None
         identity = json.loads(json.dumps({

@@ -47,6 +47,7 @@ class ConvertConfig:
     splits: dict[str, str] | Literal["none"] | None = None  # {train: DIR}; none: all are classes
     class_depth: Annotated[int, Field(ge=1, le=8)] | None = None  # folders that name a class
     take: Literal["folders", "archives"] | None = None  # of a directory that holds both
+    image: str | None = None  # ending of the image of a WebDataset key that has several: seg.png
     classes: str | None = None  # file of class names in the order of labels; FOLDER<TAB>CLASS
     order: Literal["name", "natural", "file"] | None = None  # None: numbers by value, else name
     outside: Literal["refuse", "ignore"] = "refuse"  # images that lie in no class folder

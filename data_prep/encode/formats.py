@@ -67,7 +67,9 @@ def decode(data: bytes, max_pixels: int, white: int | None,
             deep_colours = _has_deep_colours(image, data)
             image.load()
             turned = turn and image.getexif().get(ORIENTATION_TAG, 1) in range(2, 9)
-            upright = ImageOps.exif_transpose(image) if turned else image
+            whole, deep = (_scaled_colours(data, image, white) if deep_colours and white is not None
+                           else (image, None))
+            upright = ImageOps.exif_transpose(whole) if turned else whole
             shown, facts = to_rgb(upright, white)
             pixels = np.asarray(shown)
     except UnidentifiedImageError:
@@ -80,10 +82,9 @@ def decode(data: bytes, max_pixels: int, white: int | None,
             TypeError, AttributeError, OverflowError, zlib.error, RuntimeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise Unreadable(reasons.of_error(reason[:200])) from None
-    if deep_colours:
-        if white is not None:
-            raise Unreadable("has 16 bits a colour, of which Pillow gives the upper eight; `white` "
-                             "scales grey images alone: save it as 8-bit RGB")
+    if deep is not None:
+        facts = deep
+    elif deep_colours:
         facts = replace(facts, deep=(int(pixels.min()) * 257, int(pixels.max()) * 257))
     return pixels, replace(facts, turned=turned, several=several)
 
@@ -113,18 +114,38 @@ def _has_deep_colours(image: Image.Image, data: bytes) -> bool:
     return False
 
 
+def _scaled_colours(data: bytes, image: Image.Image, white: int) -> tuple[Image.Image, Facts]:
+    """8-bit colours of a 16-bit image, `white` and above becoming 255. Raises: Unreadable."""
+    import cv2
+
+    values = np.asarray(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED))
+    if values.dtype != np.uint16 or values.ndim != 3:
+        raise Unreadable("has 16 bits a colour in a form of which only the upper eight can be "
+                         "read; save it as RGB, or leave out white")
+    colours, facts = _scaled(values[..., 2::-1], white)  # OpenCV: blue, green, red
+    seen = np.dstack([colours, values[..., 3:] >> 8]).astype(np.uint8)
+    scaled = Image.fromarray(seen)
+    scaled.info["exif"] = image.getexif().tobytes()
+    return scaled, facts
+
+
+def _scaled(values: np.ndarray, top: int) -> tuple[np.ndarray, Facts]:
+    """16-bit values as 8-bit ones, `top` and above becoming 255."""
+    wide = values.astype(np.int64)
+    low, high = int(wide.min()), int(wide.max())
+    scaled = (np.minimum(wide, top) * 255 + top // 2) // top
+    return scaled.astype(np.uint8), Facts(deep=(low, high), clipped=high > top)
+
+
 def to_rgb(image: Image.Image, white: int | None) -> tuple[Image.Image, Facts]:
     """8-bit RGB as a person would see it. Pillow's own `convert` clips 16-bit values to white and
     uncovers what transparency hides; both are handled here. Raises: Unreadable."""
     if image.mode.startswith("I;16") or image.mode == "I":
-        values = np.asarray(image).astype(np.int64)
-        low, high = int(values.min()), int(values.max())
-        if low < 0 or high > FULL:
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > FULL:
             raise Unreadable("has 32-bit pixels of an unknown range")
-        top = white or FULL
-        scaled = (np.minimum(values, top) * 255 + top // 2) // top
-        return (Image.fromarray(scaled.astype(np.uint8)).convert("RGB"),
-                Facts(deep=(low, high), clipped=high > top))
+        scaled, facts = _scaled(values, white or FULL)
+        return Image.fromarray(scaled).convert("RGB"), facts
     if image.mode == "F":
         raise Unreadable("has floating-point pixels of an unknown range")
     if image.has_transparency_data:

@@ -218,6 +218,7 @@ class WebDataset(Source):
 
     def __init__(self, paths: Sequence[Located]) -> None:
         super().__init__(paths, reader="spans")
+        self.image: str | None = None  # ending of the one that is meant, where a key has several
 
     def scan(self) -> Iterator[Found]:
         splits = {path: split_in_name(path) for path in self.paths}
@@ -247,7 +248,7 @@ class WebDataset(Source):
             if this != key:
                 yield from _one(label, images, path)
                 key, images, label = this, [], None
-            if is_image_name(member.name):
+            if is_image_name(member.name) and self.image in (None, ending):
                 name = f"{path.name}/{member.name}"
                 images.append(Found("", name, container, member.offset, member.size))
             elif ending in ("cls", "cls.txt", "json") and member.size <= MAX_LABEL_BYTES:
@@ -265,7 +266,7 @@ def _one(label: str | None, images: list[Found], path: Located
         raise SourceError(f"{path}: a sample has {len(images)} images, "
                           f"{' and '.join(image.name.rpartition('/')[2] for image in images)}, and "
                           "which is to be learnt from is not said (a key ends at the first dot); "
-                          "write shards with one a key")
+                          f"say image={images[0].name.rpartition('/')[2].partition('.')[2]}")
     yield from ((label, image) for image in images)
 
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources.found import SourceError
+from data_prep.sources.found import Located, SourceError
+from data_prep.sources.remote import open_file
 
 MAX_BYTES = 1 << 30
 PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "img",
@@ -36,18 +37,21 @@ class LabelFile:
     rows: dict[str, tuple[str, str | None]]
 
 
-def read_labels(path: Path, *, path_column: str | None = None, label_column: str | None = None,
+def read_labels(path: Located, *, path_column: str | None = None, label_column: str | None = None,
                 split_column: str | None = None) -> LabelFile:
     """The labels in a file. Raises: SourceError naming the file, the line and the remedy."""
     named = [path_column, label_column, split_column]
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise SourceError(f"labels = {path}: has more than {MAX_BYTES} bytes")
-        if path.name in CUB and (path.parent / "image_class_labels.txt").exists():
+        if (isinstance(path, Path) and path.name in CUB
+                and (path.parent / "image_class_labels.txt").exists()):
             return _unique(path, "CUB-200's lists", _cub(path.parent))
+        with open_file(path) as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise SourceError(f"labels = {path}: has more than {MAX_BYTES} bytes")
         if path.suffix.lower() == ".mat":
-            return _unique(path, "Stanford's lists", _mat(path))
-        text = path.read_text(encoding="utf-8-sig")
+            return _unique(path, "Stanford's lists", _mat(path, data))
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise SourceError(f"labels = {path}: is not UTF-8 text ({error}); save it as UTF-8"
                           ) from None
@@ -74,7 +78,7 @@ def solution(text: str) -> list[Row]:
     return [(row[0], row[1].split()[0], None) for row in rows if row]
 
 
-def _unique(path: Path, kind: str, rows: Iterable[Row]) -> LabelFile:
+def _unique(path: Located, kind: str, rows: Iterable[Row]) -> LabelFile:
     found: dict[str, tuple[str, str | None]] = {}
     for name, label, split in rows:
         name = name.strip().replace("\\", "/").removeprefix("./")
@@ -90,7 +94,7 @@ def _unique(path: Path, kind: str, rows: Iterable[Row]) -> LabelFile:
     return LabelFile(kind, found)
 
 
-def _table(path: Path, text: str, named: list[str | None]) -> tuple[str, list[Row]]:
+def _table(path: Located, text: str, named: list[str | None]) -> tuple[str, list[Row]]:
     first = text.partition("\n")[0]
     comma = "\t" if "\t" in first else ";" if ";" in first and "," not in first else ","
     if comma not in first and " " in first.strip():
@@ -113,7 +117,7 @@ def _table(path: Path, text: str, named: list[str | None]) -> tuple[str, list[Ro
                        for row in body]
 
 
-def _even(path: Path, table: list[list[str]]) -> list[list[str]]:
+def _even(path: Located, table: list[list[str]]) -> list[list[str]]:
     for number, row in enumerate(table, 1):
         if len(row) != len(table[0]):
             raise SourceError(f"labels = {path}: row {number} has {len(row)} cells, the first "
@@ -121,7 +125,7 @@ def _even(path: Path, table: list[list[str]]) -> list[list[str]]:
     return table
 
 
-def _columns(path: Path, head: Sequence[str], named: list[str | None]
+def _columns(path: Located, head: Sequence[str], named: list[str | None]
              ) -> tuple[int, int, int | None]:
     """Places of path, label and split. Raises: SourceError where a name does not tell."""
     places: list[int | None] = []
@@ -147,7 +151,7 @@ def _columns(path: Path, head: Sequence[str], named: list[str | None]
     return places[0], places[1], places[2]
 
 
-def _json(path: Path, text: str, named: list[str | None]) -> list[Row]:
+def _json(path: Located, text: str, named: list[str | None]) -> list[Row]:
     try:
         if path.suffix.lower() == ".json":
             tree = json.loads(text)
@@ -187,14 +191,14 @@ def _cub(folder: Path) -> list[Row]:
             for number, name in listed("images.txt").items()]
 
 
-def _mat(path: Path) -> list[Row]:
+def _mat(path: Located, data: bytes) -> list[Row]:
     """Source: the development kits of Stanford Cars (`annotations`) and Dogs (`file_list`)."""
     try:
         from scipy.io import loadmat
     except ImportError:
         raise SourceError(f"labels = {path}: MATLAB files need scipy; pip install scipy") from None
     try:
-        tree: dict[str, Any] = loadmat(str(path), squeeze_me=True)
+        tree: dict[str, Any] = loadmat(io.BytesIO(data), squeeze_me=True)
     except Exception as error:  # loadmat raises anything on a damaged file
         raise SourceError(f"labels = {path}: cannot be read ({error})") from None
     if "annotations" in tree:

@@ -199,13 +199,22 @@ def deep_colours(high: int) -> bytes:
             + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
 
 
-def test_colours_of_sixteen_bits_are_told_and_not_scaled_from_their_upper_half():
+def test_colours_of_sixteen_bits_are_told():
     facts = encode(deep_colours(4095), RAW, "n").facts
     assert facts.deep is not None
     assert facts.deep[1] < 4200
     assert encode(deep_colours(65535), RAW, "n").facts.deep == (0, 65535)
-    with pytest.raises(Unreadable, match="`white` scales grey images alone"):
-        encode(deep_colours(4095), encoding(white=4095), "n")
+
+
+def test_white_scales_colours_from_all_their_bits():
+    """The upper eight bits of 0 to 4,095 are 16 levels: read alone they would be bands."""
+    made = encode(deep_colours(4095), encoding(image="raw", white=4095), "n")
+    values = np.linspace(0, 4095, 8 * 8 * 3).astype(np.uint16).reshape(8, 8, 3)
+    expected = (values.astype(float) * 255 / 4095 + 0.5).astype(np.uint8)
+    assert (np.frombuffer(made.data, np.uint8).reshape(8, 8, 3) == expected).all()
+    assert made.facts.deep == (0, 4095)
+    assert not made.facts.clipped
+    assert encode(deep_colours(4095), encoding(image="raw", white=1023), "n").facts.clipped
 
 
 def tiff_of(image: Image.Image, tags: dict[int, object]) -> bytes:

@@ -203,6 +203,21 @@ def test_tables_behind_a_url_are_found_and_read(tmp_path, memory, tree):
     assert named(tmp_path / "dst", "train") == named(tmp_path / "plain", "train")
 
 
+def test_labels_behind_a_url_are_read(tmp_path, memory):
+    import fsspec
+
+    system = fsspec.filesystem("memory")
+    for number in range(4):
+        system.pipe(f"/listed/{number}.jpg", file_bytes(picture(number)))
+    system.pipe("/listed.csv", b"path,label\n" + b"".join(
+        b"%d.jpg,%s\n" % (number, (b"cat", b"dog")[number % 2]) for number in range(4)))
+    done = convert("memory://listed", tmp_path / "dst",
+                   options("labels=memory://listed.csv", "workers=1"))
+    assert done.classes == ("cat", "dog")
+    with pytest.raises(ConfigError, match=r"memory://nowhere\.csv: nothing is there"):
+        convert("memory://listed", tmp_path / "dst2", options("labels=memory://nowhere.csv"))
+
+
 def test_what_is_not_there_is_refused(tmp_path, memory):
     for name in ("nothing", "nothing.tar", "nothing.zip", "nothing.parquet"):
         with pytest.raises(ConfigError, match="noth"):

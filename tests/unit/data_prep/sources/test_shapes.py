@@ -18,18 +18,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from scipy.io import savemat
 
 from data_prep.convert import convert, planned
 from resnet_dist.config.schema import ConfigError
 from resnet_dist.data.shards.manifest import load_manifest
 from tests.conftest import ROOT, Cli
-from tests.unit.data_prep.material import options, read_back
+from tests.unit.data_prep.material import options, read_back, tar_bytes, tar_of
 
 # The width of an image tells what it shows, so that a wrong label shows.
 WIDTHS = {"n01440764": 10, "n01443537": 11, "n01484850": 12, "cat": 20, "dog": 21, "bird": 22,
@@ -284,6 +286,7 @@ SHAPES = {
     "archive beside": Shape("class folders and a stray archive", stray_archive, "take=folders"),
     "archive beside, said": Shape("the same", stray_archive, of(PETS, 3), ("take=folders",)),
     "webdataset": Shape("WebDataset with two images a key", webdataset, "a sample has 2 images"),
+    "webdataset-image": Shape("the same", webdataset, of(("0", "1", "2"), 2), ("image=jpg",)),
     "parquet": Shape("Parquet, `default/{train,validation}/0000.parquet`", lambda root: [
         parquet(root / "default" / split / "0000.parquet", NAMES, pa.string())
         for split in ("train", "validation")], of(("cat", "dog", "bird"), 3, 3)),
@@ -342,20 +345,75 @@ def test_a_shape_is_read_right_or_refused_with_the_remedy(name: str, tmp_path: P
         assert load_manifest(tmp_path / "dst").classes == shape.classes
 
 
-def test_the_five_distributions_of_imagenet_give_the_same_classes_in_the_same_order(
-        tmp_path: Path) -> None:
-    lists = set()
-    for name in ("kaggle", "hub", "folders", "tiny"):
-        source = made(SHAPES[name], tmp_path / name)
-        convert(source, tmp_path / f"{name}-dst", options("workers=1"))
-        lists.add(load_manifest(tmp_path / f"{name}-dst").classes)
-    parquet(tmp_path / "p" / "train.parquet", [0, 1, 2] * 3, pa.int64())
-    path = tmp_path / "p" / "train.parquet"
+def unique(number: int) -> bytes:
+    """A JPEG of which there is one: a flat colour."""
+    out = io.BytesIO()
+    Image.new("RGB", (32, 24), (7 * number % 256, 40 * (number % 6), 90)).save(out, "JPEG")
+    return out.getvalue()
+
+
+def imagenet_in_five_ways(root: Path) -> list[Path]:
+    """The same twelve images as ImageNet is distributed: by its authors, by Kaggle, by the hub as
+    Parquet and as archives, and as class folders."""
+    train = [(WNIDS[number % 3], number) for number in range(6)]
+    val = [(WNIDS[-number % 3], 100 + number) for number in range(1, 7)]
+    ways = [root / name for name in ("ilsvrc", "kaggle", "parquet", "hub", "folders")]
+    authors, contest, table, hub_tars, folders = ways
+    authors.mkdir(parents=True)
+    tar_of(authors / "ILSVRC2012_img_train.tar", [(f"{wnid}.tar", tar_bytes(
+        [(f"{wnid}_{number}.JPEG", unique(number)) for each, number in train if each == wnid]))
+        for wnid in reversed(WNIDS)])
+    tar_of(authors / "ILSVRC2012_img_val.tar", [
+        (f"ILSVRC2012_val_{number - 100:08d}.JPEG", unique(number)) for _, number in val])
+    kit = authors / "ILSVRC2012_devkit_t12" / "data"
+    kit.mkdir(parents=True)
+    idents = {WNIDS[1]: 1, WNIDS[2]: 2, WNIDS[0]: 3}  # of the kit, in an order of its own
+    savemat(kit / "meta.mat", {"synsets": np.array(
+        [(ident, wnid) for wnid, ident in idents.items()],
+        [("ILSVRC2012_ID", "i4"), ("WNID", "O")])})
+    text(kit / "ILSVRC2012_validation_ground_truth.txt",
+         "".join(f"{idents[wnid]}\n" for wnid, _ in val))
+    rows = ["ImageId,PredictionString"]
+    for folder in (contest / "ILSVRC" / "Data" / "CLS-LOC", folders):
+        for wnid, number in train:
+            (folder / "train" / wnid).mkdir(parents=True, exist_ok=True)
+            (folder / "train" / wnid / f"{wnid}_{number}.JPEG").write_bytes(unique(number))
+        for wnid, number in val:
+            name = f"ILSVRC2012_val_{number - 100:08d}"
+            place = folder / "val" / ("" if folder != folders else wnid)
+            place.mkdir(parents=True, exist_ok=True)
+            (place / f"{name}.JPEG").write_bytes(unique(number))
+            if folder != folders:
+                rows.append(f"{name},{wnid} 1 1 30 30")
+    text(contest / "LOC_val_solution.csv", "\n".join(rows))
     features = {"label": {"names": list(WNIDS), "_type": "ClassLabel"}}
-    pq.write_table(pq.read_table(path).replace_schema_metadata(
-        {"huggingface": json.dumps({"info": {"features": features}})}), path)
-    convert(str(tmp_path / "p"), tmp_path / "p-dst", options())
-    assert {*lists, load_manifest(tmp_path / "p-dst").classes} == {WNIDS}
+    table.mkdir()
+    for split, listed in (("train", train), ("validation", val)):
+        pq.write_table(pa.table({
+            "image": [{"bytes": unique(number), "path": None} for _, number in listed],
+            "label": [WNIDS.index(wnid) for wnid, _ in listed]}).replace_schema_metadata(
+                {"huggingface": json.dumps({"info": {"features": features}})}),
+            table / f"{split}-00000-of-00001.parquet")
+    tar(hub_tars / "data" / "train_images_0.tar.gz", [
+        (f"{wnid}_{number}_{wnid}.JPEG", unique(number)) for wnid, number in train])
+    tar(hub_tars / "data" / "val_images.tar.gz", [
+        (f"ILSVRC2012_val_{number - 100:08d}_{wnid}.JPEG", unique(number)) for wnid, number in val])
+    return ways
+
+
+def test_the_five_distributions_of_imagenet_give_equal_classes_and_labels(tmp_path: Path) -> None:
+    found = []
+    for source in imagenet_in_five_ways(tmp_path):
+        dst = tmp_path / f"{source.name}-dst"
+        convert(str(source), dst, options("workers=1"))
+        assert load_manifest(dst).classes == WNIDS
+        found.append({split: {(label, pixels.tobytes()) for label, pixels in read_back(dst, split)}
+                      for split in ("train", "val")})
+    assert [len(images) for images in found[0].values()] == [6, 6]
+    assert found[1:] == found[:1] * 4
+    tiny_source = made(SHAPES["tiny"], tmp_path / "tiny")
+    convert(tiny_source, tmp_path / "tiny-dst", options("workers=1"))
+    assert load_manifest(tmp_path / "tiny-dst").classes == WNIDS
 
 
 def test_a_second_conversion_of_something_else_is_not_complete_already(tmp_path: Path) -> None:
@@ -395,6 +453,20 @@ def test_names_of_any_bytes_give_a_data_set_that_reads_back(tmp_path: Path, cli:
     put(tmp_path / "a" / "caf\\xe9" / "0.jpg", "cat")
     with pytest.raises(ConfigError, match="read the same"):
         convert(str(tmp_path / "a"), tmp_path / "other", options("max_rejected=1"))
+
+
+def test_file_names_that_python_would_read_as_ascii_are_refused(tmp_path: Path, cli: Cli) -> None:
+    tree(tmp_path / "a" / "train", PETS)
+    done = cli("convert", tmp_path / "a", tmp_path / "dst",
+               env={"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
+    assert done.returncode == 2
+    assert "PYTHONUTF8 = 0" in done.stderr
+
+
+def test_an_image_is_chosen_only_where_there_is_a_choice(tmp_path: Path) -> None:
+    tree(tmp_path / "a" / "train", PETS)
+    with pytest.raises(ConfigError, match="image = jpg: chooses among the images of a WebDataset"):
+        convert(str(tmp_path / "a"), tmp_path / "dst", options("image=jpg"))
 
 
 def test_a_destination_inside_the_source_is_refused(tmp_path: Path) -> None:
