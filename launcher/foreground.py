@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -69,10 +70,11 @@ def train_here(recipe: Path, overrides: list[str], allow: Collection[str] = (), 
 
 def _run_for_rank(config: Config, allow: Collection[str]) -> RunPaths:
     """The run directory for one torchrun rank: rank 0 makes it, the others wait for it."""
-    problems = world_problems(config, int(os.environ["WORLD_SIZE"]))
+    rank, world = _torchrun_place()
+    problems = world_problems(config, world)
     if problems:
-        raise ConfigError("\n".join(problems))
-    if int(os.environ["RANK"]) == 0:
+        raise ConfigError("\n".join([f"WORLD_SIZE = {world}: as torchrun has set it", *problems]))
+    if rank == 0:
         return _create_or_reopen(config, allow)
     run = RunPaths(Path(config.runs).absolute() / str(config.name))
     deadline = time.monotonic() + 60
@@ -82,6 +84,27 @@ def _run_for_rank(config: Config, allow: Collection[str]) -> RunPaths:
                               "appear within 60 s; is it on a shared file system?")
         time.sleep(0.1)
     return run
+
+
+def _torchrun_place() -> tuple[int, int]:
+    """(rank, world size) as torchrun set them. Raises: ConfigError where variables are left over
+    from something else."""
+    remedy = ("start it with torchrun, or unset RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and "
+              "MASTER_PORT to train with the supervisor")
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+        value = os.environ.get(key, "")
+        if not value.isdigit():
+            raise ConfigError(f"{key} = {value!r}: RANK = {os.environ['RANK']!r} is set, and this "
+                              f"is no number; {remedy}")
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if rank >= world:
+        raise ConfigError(f"RANK = {rank}: is not below WORLD_SIZE = {world}; {remedy}")
+    host = os.environ.get("MASTER_ADDR", "")
+    try:
+        socket.getaddrinfo(host or None, int(os.environ["MASTER_PORT"]))
+    except OSError as error:
+        raise ConfigError(f"MASTER_ADDR = {host!r}: is not found ({error}); {remedy}") from None
+    return rank, world
 
 
 def _create_or_reopen(config: Config, allow: Collection[str]) -> RunPaths:

@@ -26,11 +26,13 @@ def convert(
     Example: `resnet-dist convert imagenet/ data/imagenet workers=8`
     """
     import logging
+    from contextlib import nullcontext
 
     from data_prep.conversion.account import account
     from data_prep.conversion.shown import lines
     from data_prep.convert import convert, parse_convert_overrides, planned
     from data_prep.slurm import convert_slurm
+    from launcher.submission.submit import outside_any_job
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # progress off a terminal
     checked = parse_convert_overrides(options or [])
@@ -43,7 +45,9 @@ def convert(
         plan = planned(source, dst, checked)
         print(json.dumps(plan)) if as_json else tell(plan)
         return
-    manifest = (convert_slurm if slurm else convert)(source, dst, checked, progress=True, tell=tell)
+    with outside_any_job() if slurm else nullcontext():
+        manifest = (convert_slurm if slurm else convert)(source, dst, checked, progress=True,
+                                                         tell=tell)
     assert manifest is not None, "it waited"
     if as_json:
         print(json.dumps({"dataset": str(dst), "classes": manifest.num_classes, "splits": {
