@@ -30,6 +30,7 @@ from launcher.frozen.freeze import (
 )
 from launcher.frozen.identity import check_identity
 from launcher.frozen.source import SOURCE_ROOT, code_fingerprint
+from launcher.submission.costs import disk_problems, estimate
 from launcher.supervise.here import supervise_here
 from launcher.watch.status import run_status
 from resnet_dist.config.explain import nearest
@@ -110,6 +111,8 @@ def _torchrun_place() -> tuple[int, int]:
 def _create_or_reopen(config: Config, allow: Collection[str]) -> RunPaths:
     run = RunPaths(Path(config.runs).absolute() / str(config.name))
     if not run.config.is_file():
+        if problems := disk_problems(config, estimate(config, check_dataset(config))):
+            raise ConfigError(problems[0])
         return create_run(config)
     check_dataset(config)
     changed = differences(load_frozen(run.config), anchored(config))

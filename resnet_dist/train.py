@@ -174,8 +174,11 @@ def train(run: RunPaths, config: Config, world: World, signals: SignalFlag) -> i
     signals.settle()
     if writer and metrics:
         # The last state must be on disk before anyone is told so.
-        if (pending or step > resumed) and report(writer.wait(), metrics) != step:
-            raise OSError(f"step {step}: the last checkpoint could not be written")
+        report(writer.wait(), metrics)
+        saved = writer.last
+        if (pending or step > resumed) and (saved is None or saved.step != step or saved.error):
+            raise OSError(f"step {step}: the last checkpoint could not be written: "
+                          f"{saved.error if saved and saved.error else 'nothing was saved'}")
         metrics.close()
     if stop and (due or step < config.steps):
         log.info("saved at step %d because of signal %d", step, stop)
@@ -270,20 +273,18 @@ def other_sums(config: Config, world: World, before: dict[str, Any] | None) -> s
             f"{world.sums or 'one rank'}: in mode=fast the bits may differ from here on")
 
 
-def report(saves: list[Saved], metrics: Metrics | None) -> int | None:
-    """Tell of checkpoints that are on disk; the step of the newest one. Failures alarm."""
-    newest = None
+def report(saves: list[Saved], metrics: Metrics | None) -> None:
+    """Tell of checkpoints that are on disk. Failures alarm."""
     for saved in saves:
         if saved.error:
             what, text, height = "alarm", f"ALARM: checkpoint not saved: {saved.error}", None
             log.error("step %d: %s", saved.step, text)
         else:
-            newest, what, height = saved.step, "checkpoint", saved.seconds
+            what, height = "checkpoint", saved.seconds
             text = f"checkpoint, {saved.size_bytes / 1e6:.1f} MB in {saved.seconds:.2f} s"
             log.info("step %d: %s", saved.step, text)
         if metrics:
             metrics.mark(what, saved.step, text, height)
-    return newest
 
 
 class Heart:

@@ -97,6 +97,16 @@ def estimate(config: Config, manifest: Manifest | None) -> Estimate:
         free_bytes=free_bytes(Path(config.runs)))
 
 
+def disk_problems(config: Config, cost: Estimate, runs: int = 1) -> list[str]:
+    """Why the checkpoints of so many runs do not fit where they go; empty where they do."""
+    if cost.disk_bytes * runs <= cost.free_bytes:
+        return []
+    return [f"runs = {config.runs}: {cost.checkpoints * runs} checkpoints of "
+            f"{size(cost.checkpoint_bytes)} need {size(cost.disk_bytes * runs)}, "
+            f"{size(cost.free_bytes)} are left there; name another folder with runs=DIR, or keep "
+            "fewer with checkpoint.keep_last=1"]
+
+
 def checkpoint_bytes(config: Config) -> int:
     """Of one checkpoint: weights, optimizer, average and BatchNorm rows, all float32."""
     copies = 2 + _OPTIMIZER_COPIES.get(config.optimizer.name, 1) - 1

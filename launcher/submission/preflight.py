@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.filesize import decimal as size
 
 from launcher.frozen.freeze import anchored, refuse_taken
 from launcher.slurm.cluster import cluster_problems, unasked_gpus
 from launcher.slurm.sbatch import batch_script, python_command, refuse_inherited
 from launcher.slurm.scheduler import have_slurm
-from launcher.submission.costs import Estimate, estimate
+from launcher.submission.costs import Estimate, disk_problems, estimate
 from launcher.submission.submit import one_machine_problems, outside_any_job
 from resnet_dist.config.load import config_to_dict, dump_config
 from resnet_dist.config.schema import Config, ConfigError
@@ -56,12 +55,7 @@ def check(config: Config, order: Order, runs: int = 1) -> Estimate:
         refuse_inherited()
         problems += [] if order.trust_slurm else cluster_problems(config, runs)
     cost = estimate(config, manifest)
-    if cost.disk_bytes * runs > cost.free_bytes:
-        problems.append(
-            f"runs = {config.runs}: {cost.checkpoints * runs} checkpoints of "
-            f"{size(cost.checkpoint_bytes)} need {size(cost.disk_bytes * runs)}, "
-            f"{size(cost.free_bytes)} are left there; name another folder with runs=DIR, or keep "
-            "fewer with checkpoint.keep_last=1")
+    problems += disk_problems(config, cost, runs)
     if problems:
         raise ConfigError("\n".join(problems))
     return replace(cost, note=unasked_gpus(config)) if slurm and not order.trust_slurm else cost

@@ -90,6 +90,7 @@ class CheckpointWriter:
         self.best_step: int | None = None  # the loop sets it: this checkpoint stays too
         self._thread: threading.Thread | None = None
         self._results: list[Saved] = []
+        self.last: Saved | None = None  # what became of the newest save that has ended
 
     def save(self, step: int, state: EngineState, meta: dict[str, Any]) -> None:
         """Start writing; returns once the previous write has ended.
@@ -127,10 +128,12 @@ class CheckpointWriter:
         except Exception as error:  # alarm, keep the old ones, let training go on
             log.error("checkpoint of step %d NOT saved: %s: %s; older checkpoints are intact",
                       step, type(error).__name__, error)
-            self._results.append(Saved(step, time.monotonic() - started, 0,
-                                       f"{type(error).__name__}: {error}"))
+            self.last = Saved(step, time.monotonic() - started, 0,
+                              f"{type(error).__name__}: {error}")
+            self._results.append(self.last)
             return
-        self._results.append(Saved(step, time.monotonic() - started, size))
+        self.last = Saved(step, time.monotonic() - started, size)
+        self._results.append(self.last)
         try:
             retain(self._run, self._keep_last, self._keep_every_steps, self.best_step)
         except OSError as error:

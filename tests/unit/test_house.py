@@ -61,7 +61,7 @@ ARROWS = {
                            "resnet_dist.models.catalog resnet_dist.run",
     "launcher.doctor": "job slurm submission supervise resnet_dist.config "
                        "resnet_dist.data.shards resnet_dist.run",
-    "launcher.foreground": "doctor frozen supervise watch resnet_dist.config "
+    "launcher.foreground": "doctor frozen submission supervise watch resnet_dist.config "
                            "resnet_dist.data.shards resnet_dist.models.catalog resnet_dist.run",
     "launcher.bench": "data_prep.bench resnet_dist.config resnet_dist.data.shards",
     "launcher.quickstart": "journal watch resnet_dist.config resnet_dist.run",

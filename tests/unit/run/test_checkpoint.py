@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,6 +75,23 @@ def test_the_newest_stay_and_the_rest_go(run: RunPaths) -> None:
         writer.save(step, make_state(step), {})
     assert [saved.step for saved in writer.wait()] == [1, 2, 10, 9]
     assert sorted(os.listdir(run.checkpoints)) == ["step_00000009", "step_00000010"]
+
+
+def test_the_last_save_is_known_though_it_was_reported_before(run: RunPaths) -> None:
+    """A save that ends within its own step is told in the loop, and no more at the end."""
+    writer = CheckpointWriter(run, keep_last=2)
+    writer.save(3, make_state(3), {})
+    while not writer.finished():
+        time.sleep(0.01)
+    assert writer.wait() == []
+    assert writer.last is not None
+    assert (writer.last.step, writer.last.error) == (3, None)
+    shutil.rmtree(run.checkpoints)
+    run.checkpoints.write_text("a file in its place")
+    writer.save(4, make_state(4), {})
+    writer.wait()
+    assert writer.last.step == 4
+    assert writer.last.error
 
 
 def test_every_nth_and_the_best_stay_too(run: RunPaths) -> None:

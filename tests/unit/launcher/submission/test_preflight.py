@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from launcher.foreground import train_here
 from launcher.frozen.freeze import read_provenance
 from launcher.frozen.source import code_fingerprint, freeze_code
 from launcher.journal.events import record
@@ -401,6 +402,9 @@ def test_a_full_disk_and_a_used_up_quota_are_told(digits: Path, tmp_path: Path, 
         check(config, Order(RECIPE, local=True))
     assert f"runs = {tmp_path}/runs: 4 checkpoints of 2.3 MB need 9.2 MB, 102.4 kB are left" \
         in str(refused.value)
+    with pytest.raises(ConfigError, match=r"102\.4 kB are left"):
+        train_here(RECIPE, [f"data={digits}", f"runs={tmp_path}/runs", "launch.nodes=1"])
+    assert not (tmp_path / "runs").exists()
 
 
 # -- what is queued together -----------------------------------------------------------------------
