@@ -89,6 +89,7 @@ class CheckpointWriter:
         self._keep_last, self._keep_every_steps = keep_last, keep_every_steps
         self.best_step: int | None = None  # the loop sets it: this checkpoint stays too
         self._thread: threading.Thread | None = None
+        self._hurry = threading.Event()
         self._results: list[Saved] = []
         self.last: Saved | None = None  # what became of the newest save that has ended
 
@@ -98,7 +99,9 @@ class CheckpointWriter:
         `state` must not change afterwards (`engine.state()` returns copies). A failure is logged
         and reported by `finished()`; older checkpoints stay as they are and training may go on.
         """
+        self._hurry.set()  # a write that waits for the disk has had its time: training goes on
         self._join()
+        self._hurry.clear()
         json.dumps(meta)  # plain data or a TypeError here, in the caller, not in the thread
         self._thread = threading.Thread(target=self._write, args=(step, state, meta),
                                         name=f"checkpoint-{step}")
@@ -124,7 +127,8 @@ class CheckpointWriter:
     def _write(self, step: int, state: EngineState, meta: dict[str, Any]) -> None:
         started = time.monotonic()
         try:
-            size = waited_out(partial(write, self._run, step, state, meta, self._fence))
+            size = waited_out(partial(write, self._run, step, state, meta, self._fence),
+                              hurry=self._hurry)
         except Exception as error:  # alarm, keep the old ones, let training go on
             log.error("checkpoint of step %d NOT saved: %s: %s; older checkpoints are intact",
                       step, type(error).__name__, error)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -46,15 +47,21 @@ def node_at_fault(error: BaseException) -> bool:
     return errno_of(error) in _PASSING | _MOUNT
 
 
-def waited_out(act: Callable[[], T], limit_s: float | None = None) -> T:
-    """What `act` returns, tried again while what it raises may pass, for `limit_s` (WAIT_S)."""
+def waited_out(act: Callable[[], T], limit_s: float | None = None,
+               hurry: threading.Event | None = None) -> T:
+    """What `act` returns, tried again while what it raises may pass, for `limit_s` (WAIT_S).
+
+    Args:
+        hurry: once it is set, the next try is the last.
+    """
+    hurry = hurry or threading.Event()
     deadline, pause = time.monotonic() + (WAIT_S if limit_s is None else limit_s), 0.1
     while True:
         try:
             return act()
         except Exception as error:
-            if not passes(error) or time.monotonic() + pause > deadline:
+            if not passes(error) or hurry.is_set() or time.monotonic() + pause > deadline:
                 raise
             log.warning("%s: %s; again in %.1f s", type(error).__name__, error, pause)
-        time.sleep(pause)
+        hurry.wait(pause)
         pause = min(2 * pause, 5.0)

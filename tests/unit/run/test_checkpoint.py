@@ -94,6 +94,28 @@ def test_the_last_save_is_known_though_it_was_reported_before(run: RunPaths) -> 
     assert writer.last.error
 
 
+def test_a_save_that_waits_for_the_disk_is_given_up_when_the_next_is_due(
+        run: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the loop would stand still for as long, and be taken for hung."""
+    plain = os.fsync
+
+    def fsync(handle: int) -> None:
+        if "step_00000001" in os.readlink(f"/proc/self/fd/{handle}"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        plain(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    writer, began = CheckpointWriter(run, keep_last=2), time.monotonic()
+    writer.save(1, make_state(1), {})
+    time.sleep(0.5)
+    writer.save(2, make_state(2), {})
+    lost, kept = writer.wait()
+    assert time.monotonic() - began < 10
+    assert (lost.step, kept.step, kept.error) == (1, 2, None)
+    assert lost.error is not None
+    assert "Errno 5" in lost.error
+
+
 def test_every_nth_and_the_best_stay_too(run: RunPaths) -> None:
     writer = CheckpointWriter(run, keep_last=1, keep_every_steps=4)
     for step in range(1, 10):

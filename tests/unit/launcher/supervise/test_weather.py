@@ -252,6 +252,9 @@ def test_a_stopped_worker_is_seen_as_such(tmp_path):
     os.kill(pids[1], signal.SIGSTOP)
     for pulse in each._pulses.values():
         pulse.since -= 1000
+    deadline = time.monotonic() + 20  # the kernel stops it when it gets to it
+    while not workers._stopped(pids[1]) and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert [(rank, stopped) for rank, _, stopped in each.hung()] == [(1, True), (0, False)]
     each.kill()
 
