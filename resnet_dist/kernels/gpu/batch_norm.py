@@ -12,6 +12,7 @@ the programs' sums along one fixed tree. No atomics: the same shapes give the sa
 Rows are pixels: x is [groups, rows, channels], rows = bn_batch * h * w.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,8 +23,10 @@ from torch import Tensor
 from resnet_dist.kernels.gpu.limits import OPTIONS, at_most
 
 TILE_BYTES = 8192  # of one tile: four vectors of 128 bits a thread
-MAX_SPLITS = 64  # programs that share the rows of one group; their sums are one tile
-PROGRAMS_PER_SM = 4
+MAX_SPLITS = 512  # programs that share the rows of one group
+TOGETHER = 16  # of them whose sums are combined as one tile
+COMPILED_FOR_SMS = 132  # where there is no GPU: an H100's
+PROGRAMS_PER_SM = 4  # of 128 threads with 128 registers each: as many as an SM holds at once
 
 
 @triton.jit
@@ -72,6 +75,44 @@ def _moments_kernel(x, partial, rows, channels, per_program, splits,
     tl.store(partial + at + splits * channels, squares, mask=c < channels)
 
 
+@triton.jit
+def _combined_moments(partial, at, rows, channels, per_program, splits, c, SPLITS: tl.constexpr):
+    """Mean and sum of squared deviations of all rows, from those of the programs."""
+    mean = tl.zeros(c.shape, tl.float32)
+    for first in range(0, splits, SPLITS):
+        s = first + tl.arange(0, SPLITS)
+        parts = (at + s)[:, None] * channels + c[None, :]
+        there = (s < splits)[:, None] & (c < channels)[None, :]
+        counts = tl.where(s < splits, tl.minimum(rows - s * per_program, per_program), 0)
+        means = tl.load(partial + parts, mask=there, other=0.0)
+        mean += tl.sum(means * counts.to(tl.float32)[:, None], 0)
+    mean = mean / rows
+    squared = tl.zeros(c.shape, tl.float32)
+    for first in range(0, splits, SPLITS):
+        s = first + tl.arange(0, SPLITS)
+        parts = (at + s)[:, None] * channels + c[None, :]
+        there = (s < splits)[:, None] & (c < channels)[None, :]
+        counts = tl.where(s < splits, tl.minimum(rows - s * per_program, per_program), 0)
+        off = tl.load(partial + parts, mask=there, other=0.0) - mean[None, :]
+        squares = tl.load(partial + parts + splits * channels, mask=there, other=0.0)
+        squared += tl.sum(squares + off * off * counts.to(tl.float32)[:, None], 0)
+    return mean, squared
+
+
+@triton.jit
+def _combined_sums(partial, at, channels, splits, c, SPLITS: tl.constexpr):
+    """The programs' two sums, added up."""
+    plain = tl.zeros(c.shape, tl.float32)
+    along = tl.zeros(c.shape, tl.float32)
+    for first in range(0, splits, SPLITS):
+        s = first + tl.arange(0, SPLITS)
+        parts = (at + s)[:, None] * channels + c[None, :]
+        there = (s < splits)[:, None] & (c < channels)[None, :]
+        plain += tl.sum(tl.load(partial + parts, mask=there, other=0.0), 0)
+        along += tl.sum(tl.load(partial + parts + splits * channels, mask=there, other=0.0), 0)
+    return plain, along
+
+
 @at_most(registers=128)
 @triton.jit
 def _apply_kernel(x, y, residual, mask, weight, bias, partial, mean_out, var_out, invstd_out,
@@ -83,16 +124,8 @@ def _apply_kernel(x, y, residual, mask, weight, bias, partial, mean_out, var_out
     first_channel = tl.program_id(1) * CHANNELS
     c = first_channel + tl.arange(0, CHANNELS)
     real = c < channels
-    s = tl.arange(0, SPLITS)
-    parts = (group * 2 * splits + s)[:, None] * channels + c[None, :]
-    there = (s < splits)[:, None] & real[None, :]
-    means = tl.load(partial + parts, mask=there, other=0.0)
-    squares = tl.load(partial + parts + splits * channels, mask=there, other=0.0)
-    counts = tl.minimum(rows - s * per_program, per_program)
-    counts = tl.where(s < splits, counts, 0).to(tl.float32)[:, None]
-    mean = tl.sum(means * counts, 0) / rows
-    off = means - mean[None, :]
-    squared = tl.sum(squares + off * off * counts, 0)
+    mean, squared = _combined_moments(partial, group * 2 * splits, rows, channels, per_program,
+                                      splits, c, SPLITS)
     invstd = 1.0 / tl.sqrt(squared / rows + eps)
     if split == 0:
         out = group * channels + c
@@ -179,11 +212,7 @@ def _gradient_kernel(grad, x, grad_x, weight, bias, mean, invstd, partial, grad_
     split, group = tl.program_id(0), tl.program_id(2)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     real = c < channels
-    s = tl.arange(0, SPLITS)
-    parts = (group * 2 * splits + s)[:, None] * channels + c[None, :]
-    there = (s < splits)[:, None] & real[None, :]
-    plain = tl.sum(tl.load(partial + parts, mask=there, other=0.0), 0)
-    along = tl.sum(tl.load(partial + parts + splits * channels, mask=there, other=0.0), 0)
+    plain, along = _combined_sums(partial, group * 2 * splits, channels, splits, c, SPLITS)
     m = tl.load(mean + group * channels + c, mask=real, other=0.0)
     inv = tl.load(invstd + group * channels + c, mask=real, other=0.0)
     scale = tl.load(weight + c, mask=real, other=0.0) * inv
@@ -210,25 +239,34 @@ def _gradient_kernel(grad, x, grad_x, weight, bias, mean, invstd, partial, grad_
 
 
 class _Plan:
-    """How the programs share [groups, rows, channels]; a function of the shape and the device."""
+    """How the programs share [groups, rows, channels]; a function of the shape and the device.
 
-    def __init__(self, x: Tensor, bn_batch: int) -> None:
-        images, self.channels, height, width = x.shape
+    All programs of a launch run at once: what does not fit beside them would run alone at the end.
+    """
+
+    def __init__(self, shape: torch.Size, itemsize: int, device: torch.device, bn_batch: int
+                 ) -> None:
+        images, self.channels, height, width = shape
         self.groups, self.rows = images // bn_batch, bn_batch * height * width
         self.CHANNELS = min(64, max(8, triton.next_power_of_2(self.channels)))
         # Where no vector fits, every element has an address of its own: fewer at once.
-        tile = TILE_BYTES // x.itemsize // (1 if self.channels % 8 == 0 else 4)
+        tile = TILE_BYTES // itemsize // (1 if self.channels % 8 == 0 else 4)
         self.ROWS = tile // self.CHANNELS
         blocks = triton.cdiv(self.channels, self.CHANNELS)
-        sms = (torch.cuda.get_device_properties(x.device).multi_processor_count
-               if x.is_cuda else 1)
-        wanted = triton.cdiv(PROGRAMS_PER_SM * sms, blocks * self.groups)
+        sms = (torch.cuda.get_device_properties(device).multi_processor_count
+               if device.type == "cuda" else COMPILED_FOR_SMS if device.type == "meta" else 1)
+        wanted = max(1, PROGRAMS_PER_SM * sms // (blocks * self.groups))
         tiles = triton.cdiv(self.rows, self.ROWS)
         self.per_program = triton.cdiv(tiles, min(wanted, MAX_SPLITS, tiles)) * self.ROWS
         self.splits = triton.cdiv(self.rows, self.per_program)
-        self.SPLITS = triton.next_power_of_2(self.splits)
+        self.SPLITS = min(TOGETHER, triton.next_power_of_2(self.splits))
         self.grid = (self.splits, blocks, self.groups)
         self.mask_bytes = triton.cdiv(self.channels, 8)
+
+    @staticmethod
+    @lru_cache(4096)
+    def of(shape: torch.Size, itemsize: int, device: torch.device, bn_batch: int) -> "_Plan":
+        return _Plan(shape, itemsize, device, bn_batch)
 
     def partial(self, x: Tensor) -> Tensor:
         return x.new_empty((self.groups, 2, self.splits, self.channels), dtype=torch.float32)
@@ -246,7 +284,7 @@ class _GhostBatchNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, bn_batch: int, eps: float,
                 residual: Tensor | None, relu: bool) -> tuple[Tensor, Tensor, Tensor]:
         x = _channels_last(x)
-        plan = _Plan(x, bn_batch)
+        plan = _Plan.of(x.shape, x.itemsize, x.device, bn_batch)
         y, partial = torch.empty_like(x), plan.partial(x)
         mean, var, invstd = plan.per_channel(x, 3)
         packs = relu and residual is not None
@@ -270,7 +308,7 @@ class _GhostBatchNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, invstd, mask = ctx.saved_tensors
-        plan = _Plan(x, ctx.bn_batch)
+        plan = _Plan.of(x.shape, x.itemsize, x.device, ctx.bn_batch)
         grad = _channels_last(grad_y)
         grad_x, partial = torch.empty_like(x), plan.partial(x)
         residual = ctx.residual_dtype is not None
