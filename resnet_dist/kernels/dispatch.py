@@ -75,6 +75,11 @@ def ghost_batch_norm(
     return batch_norm.ghost_batch_norm(x, weight, bias, bn_batch, eps, residual, relu)
 
 
+def again(y: Tensor) -> Tensor:
+    """y for a second reader: a kernel that takes two gradients of y has nobody add them up."""
+    return getattr(y, "again", y)
+
+
 def max_pool(x: Tensor, size: int, stride: int, padding: int) -> Tensor:
     """`reference.max_pool`, fast."""
     if _by_triton(x):
@@ -104,5 +109,3 @@ def normalize(images: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) 
         return normalize.normalize(images, scale, shift, dtype)
     x = images.permute(0, 3, 1, 2).to(torch.float32)
     return x.mul_(scale).add_(shift).to(dtype)
-
-

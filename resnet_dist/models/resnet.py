@@ -70,6 +70,7 @@ class _Block(nn.Module):
     def shortcut(self, x: Tensor) -> Tensor | None:
         if not self.residual:
             return None
+        x = kernels.again(x)
         return x if self.downsample is None else self.downsample(x)
 
     def join(self, branch: Tensor, last_bn: GhostBatchNorm2d, shortcut: Tensor | None) -> Tensor:

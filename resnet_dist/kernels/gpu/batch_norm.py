@@ -4,7 +4,8 @@ Passes over the activations: forward reads x for the moments, then reads x (and 
 writes y. Backward reads the gradient and x for the sums, then reads them again and writes dx. The
 ReLU's mask costs almost nothing: without a residual it is recomputed from x; with one, the forward
 pass packs it to one bit an element, and the first backward pass writes the masked gradient, which
-is the residual's gradient and must be written anyway.
+is the residual's gradient and must be written anyway. Where two read y, the next block's branch and
+its shortcut, that pass takes both gradients: autograd would add them up in a pass of its own.
 
 Sums are taken in float32: every program sums its rows, the second pass of each direction combines
 the programs' sums along one fixed tree. No atomics: the same shapes give the same bits.
@@ -160,11 +161,14 @@ def _apply_kernel(x, y, residual, mask, weight, bias, partial, mean_out, var_out
 
 @at_most(registers=128)
 @triton.jit
-def _reduce_kernel(grad, x, mask, grad_residual, weight, bias, mean, invstd, partial,
+def _reduce_kernel(grad, second, x, mask, grad_residual, weight, bias, mean, invstd, partial,
                    rows, channels, per_program, splits, mask_bytes,
                    RESIDUAL: tl.constexpr, RELU: tl.constexpr,
                    ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """partial[group, 0 or 1, split, channel]: sums of g and g * (x - mean), g being masked."""
+    """partial[group, 0 or 1, split, channel]: sums of g and g * (x - mean), g being masked.
+
+    g is grad, or grad + second, rounded as an addition by autograd would be.
+    """
     split, group = tl.program_id(0), tl.program_id(2)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     real = c < channels
@@ -184,6 +188,9 @@ def _reduce_kernel(grad, x, mask, grad_residual, weight, bias, mean, invstd, par
         at = row[:, None] * channels + c[None, :]
         wide = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+        if second is not None:
+            g += tl.load(second + at, mask=inside, other=0.0).to(tl.float32)
+            g = _rounded(g, grad)
         if RELU:
             if RESIDUAL:
                 byte = tl.load(mask + row[:, None] * mask_bytes + (c // 8)[None, :], mask=inside,
@@ -282,7 +289,8 @@ def _channels_last(t: Tensor) -> Tensor:
 class _GhostBatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, bn_batch: int, eps: float,
-                residual: Tensor | None, relu: bool) -> tuple[Tensor, Tensor, Tensor]:
+                residual: Tensor | None, relu: bool) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
         x = _channels_last(x)
         plan = _Plan.of(x.shape, x.itemsize, x.device, bn_batch)
         y, partial = torch.empty_like(x), plan.partial(x)
@@ -302,14 +310,17 @@ class _GhostBatchNorm(torch.autograd.Function):
         ctx.bn_batch, ctx.relu = bn_batch, relu
         ctx.residual_dtype = None if residual is None else residual.dtype
         ctx.mark_non_differentiable(mean, var)
-        return y, mean, var
+        return y, mean, var, *([y.detach()] if packs else [])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, invstd, mask = ctx.saved_tensors
         plan = _Plan.of(x.shape, x.itemsize, x.device, ctx.bn_batch)
-        grad = _channels_last(grad_y)
+        given = [_channels_last(g) for g in (grads[0], *grads[3:]) if g is not None]
+        if not given:
+            return (None,) * 7
+        grad, second = given[0], given[1] if given[1:] else None
         grad_x, partial = torch.empty_like(x), plan.partial(x)
         residual = ctx.residual_dtype is not None
         packed = mask is not None
@@ -317,8 +328,9 @@ class _GhostBatchNorm(torch.autograd.Function):
         grad_weight, grad_bias = plan.per_channel(x, 2)
         shape = (plan.rows, plan.channels, plan.per_program, plan.splits)
         _reduce_kernel[plan.grid](
-            grad, x, mask, masked, weight, bias, mean, invstd, partial, *shape, plan.mask_bytes,
-            RESIDUAL=packed, RELU=ctx.relu, ROWS=plan.ROWS, CHANNELS=plan.CHANNELS, **OPTIONS)
+            grad, second, x, mask, masked, weight, bias, mean, invstd, partial, *shape,
+            plan.mask_bytes, RESIDUAL=packed, RELU=ctx.relu, ROWS=plan.ROWS,
+            CHANNELS=plan.CHANNELS, **OPTIONS)
         _gradient_kernel[plan.grid](
             masked if packed else grad, x, grad_x, weight, bias, mean, invstd, partial,
             grad_weight, grad_bias, *shape, RECOMPUTE=ctx.relu and not packed,
@@ -334,6 +346,10 @@ def ghost_batch_norm(x: Tensor, weight: Tensor, bias: Tensor, bn_batch: int, eps
                      relu: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.ghost_batch_norm` for float32 and 16-bit x; y is channels_last.
 
-    Forward and first derivative. weight and bias: float32.
+    Forward and first derivative. weight and bias: float32. With a residual and ReLU, `y.again` is y
+    for another reader, whose gradient comes on its own.
     """
-    return _GhostBatchNorm.apply(x, weight, bias, bn_batch, eps, residual, relu)
+    y, mean, var, *again = _GhostBatchNorm.apply(x, weight, bias, bn_batch, eps, residual, relu)
+    if again:
+        y.again, = again
+    return y, mean, var

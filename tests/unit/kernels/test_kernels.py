@@ -115,6 +115,31 @@ def test_all_programs_of_a_launch_run_at_once(sms: int, monkeypatch: pytest.Monk
     batch_norm._Plan.of.cache_clear()
 
 
+@pytest.mark.parametrize("readers", ["both", "the other alone"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_two_readers_of_a_sum_hand_back_two_gradients(dtype: torch.dtype, readers: str) -> None:
+    """With the bits of their sum."""
+    torch.manual_seed(0)
+    inputs = [draw(4, 24, 5, 3, dtype=dtype), draw(24), draw(24), draw(4, 24, 5, 3, dtype=dtype)]
+
+    def gradients(both: Callable[[Tensor], Sequence[Tensor]],
+                  given: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        x, weight, bias, residual = inputs
+        y = batch_norm.ghost_batch_norm(x, weight, bias, 2, 1e-5, residual, True)[0]
+        return torch.autograd.grad(both(y), inputs, given)
+
+    # Whole numbers: the interpreter rounds their sums as everyone does.
+    one, two = (torch.randint(-8, 9, (4, 24, 5, 3), device=DEVICE).to(dtype) for _ in range(2))
+    if readers == "both":
+        found = gradients(lambda y: (y, kernels.again(y)), (one, two))
+        wanted = gradients(lambda y: (y,), (one + two,))
+    else:
+        found = gradients(lambda y: (kernels.again(y),), (two,))
+        wanted = gradients(lambda y: (y,), (two,))
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_ghost_batch_norm_keeps_its_digits_far_from_zero() -> None:
     """One pass over x - mean needs care: with sums of squares nothing would be left."""
     torch.manual_seed(0)
