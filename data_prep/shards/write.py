@@ -32,7 +32,7 @@ from resnet_dist.data.shards.beton import (
     digest,
     index_digest,
 )
-from resnet_dist.run.atomic import sync_directory, temporary_name
+from resnet_dist.run.atomic import replacing
 
 USUAL_PAGE = 1 << 23
 SMALL_SHARD = 4 * USUAL_PAGE  # bytes of images up to which pages are small
@@ -63,22 +63,15 @@ def write_shard(path: Path, samples: Sequence[Stored]) -> tuple[int, str, str]:
     first, last = head(samples, page, pointers, table_at), table.tobytes()
     parts = [(0, first), *zip(pointers, (sample.data for sample in samples), strict=True),
              (table_at, last)]
-    sha, temporary = hashlib.sha256(), temporary_name(path)
+    sha = hashlib.sha256()
     path.parent.mkdir(exist_ok=True)
-    try:
-        with open(temporary, "xb", buffering=0) as file:
-            with suppress(OSError):  # tmpfs before Linux 6.6, some network file systems
-                _set_direct(file.fileno(), True)
-            for block in _blocks(parts):
-                sha.update(block)
-                _write_all(file.fileno(), block)
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-    sync_directory(path.parent)
+    with replacing(path) as temporary, open(temporary, "xb", buffering=0) as file:
+        with suppress(OSError):  # tmpfs before Linux 6.6, some network file systems
+            _set_direct(file.fileno(), True)
+        for block in _blocks(parts):
+            sha.update(block)
+            _write_all(file.fileno(), block)
+        os.fsync(file.fileno())
     return table_at + len(last), sha.hexdigest(), index_digest(first, last)
 
 

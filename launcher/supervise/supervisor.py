@@ -68,8 +68,7 @@ from resnet_dist.run.paths import RunPaths
 
 log = logging.getLogger(__name__)
 
-
-BLAME_S = 1.0
+BLAME_S = 1.0  # that other nodes have to name the rank for which all wait
 
 
 class Supervisor:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import secrets
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -18,9 +19,19 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
     Raises: OSError where the disk fails; the old file is as it was then.
     """
+    with replacing(path) as temporary:
+        write_durably(temporary, content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """The name under which the new file is to be written, durably; at the end it becomes `path`.
+
+    Raises: OSError where the disk fails; the old file is as it was then.
+    """
     temporary = temporary_name(path)
     try:
-        write_durably(temporary, content.encode() if isinstance(content, str) else content)
+        yield temporary
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):

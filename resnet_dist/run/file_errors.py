@@ -1,7 +1,7 @@
 """What an error of a file system means, and how long it is waited out. Imports no torch.
 
-The one policy of supervisors, ranks, loader, checkpoints and status; the cluster guide has it as a
-table. An errno is never bad input: what a run reads was there when it was submitted.
+The one policy of supervisors, ranks, loader and checkpoints; the cluster guide has it as a table.
+An errno is never bad input: what a run reads was there when it was submitted.
 """
 
 from __future__ import annotations

@@ -77,22 +77,26 @@ def _moments_kernel(x, partial, rows, channels, per_program, splits,
 
 
 @triton.jit
+def _some_programs(at, first, channels, splits, c, SPLITS: tl.constexpr):
+    """Their numbers, where their sums lie, and which of these there are."""
+    s = first + tl.arange(0, SPLITS)
+    parts = (at + s)[:, None] * channels + c[None, :]
+    return s, parts, (s < splits)[:, None] & (c < channels)[None, :]
+
+
+@triton.jit
 def _combined_moments(partial, at, rows, channels, per_program, splits, c, SPLITS: tl.constexpr):
     """Mean and sum of squared deviations of all rows, from those of the programs."""
     mean = tl.zeros(c.shape, tl.float32)
     for first in range(0, splits, SPLITS):
-        s = first + tl.arange(0, SPLITS)
-        parts = (at + s)[:, None] * channels + c[None, :]
-        there = (s < splits)[:, None] & (c < channels)[None, :]
+        s, parts, there = _some_programs(at, first, channels, splits, c, SPLITS)
         counts = tl.where(s < splits, tl.minimum(rows - s * per_program, per_program), 0)
         means = tl.load(partial + parts, mask=there, other=0.0)
         mean += tl.sum(means * counts.to(tl.float32)[:, None], 0)
     mean = mean / rows
     squared = tl.zeros(c.shape, tl.float32)
     for first in range(0, splits, SPLITS):
-        s = first + tl.arange(0, SPLITS)
-        parts = (at + s)[:, None] * channels + c[None, :]
-        there = (s < splits)[:, None] & (c < channels)[None, :]
+        s, parts, there = _some_programs(at, first, channels, splits, c, SPLITS)
         counts = tl.where(s < splits, tl.minimum(rows - s * per_program, per_program), 0)
         off = tl.load(partial + parts, mask=there, other=0.0) - mean[None, :]
         squares = tl.load(partial + parts + splits * channels, mask=there, other=0.0)
@@ -106,9 +110,7 @@ def _combined_sums(partial, at, channels, splits, c, SPLITS: tl.constexpr):
     plain = tl.zeros(c.shape, tl.float32)
     along = tl.zeros(c.shape, tl.float32)
     for first in range(0, splits, SPLITS):
-        s = first + tl.arange(0, SPLITS)
-        parts = (at + s)[:, None] * channels + c[None, :]
-        there = (s < splits)[:, None] & (c < channels)[None, :]
+        _, parts, there = _some_programs(at, first, channels, splits, c, SPLITS)
         plain += tl.sum(tl.load(partial + parts, mask=there, other=0.0), 0)
         along += tl.sum(tl.load(partial + parts + splits * channels, mask=there, other=0.0), 0)
     return plain, along
@@ -270,16 +272,14 @@ class _Plan:
         self.grid = (self.splits, blocks, self.groups)
         self.mask_bytes = triton.cdiv(self.channels, 8)
 
-    @staticmethod
-    @lru_cache(4096)
-    def of(shape: torch.Size, itemsize: int, device: torch.device, bn_batch: int) -> "_Plan":
-        return _Plan(shape, itemsize, device, bn_batch)
-
     def partial(self, x: Tensor) -> Tensor:
         return x.new_empty((self.groups, 2, self.splits, self.channels), dtype=torch.float32)
 
     def per_channel(self, x: Tensor, count: int) -> tuple[Tensor, ...]:
         return x.new_empty((count, self.groups, self.channels), dtype=torch.float32).unbind(0)
+
+
+_plan = lru_cache(4096)(_Plan)  # every launch of a shape has the same
 
 
 def _channels_last(t: Tensor) -> Tensor:
@@ -292,7 +292,7 @@ class _GhostBatchNorm(torch.autograd.Function):
                 residual: Tensor | None, relu: bool) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         x = _channels_last(x)
-        plan = _Plan.of(x.shape, x.itemsize, x.device, bn_batch)
+        plan = _plan(x.shape, x.itemsize, x.device, bn_batch)
         y, partial = torch.empty_like(x), plan.partial(x)
         mean, var, invstd = plan.per_channel(x, 3)
         packs = relu and residual is not None
@@ -316,7 +316,7 @@ class _GhostBatchNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, invstd, mask = ctx.saved_tensors
-        plan = _Plan.of(x.shape, x.itemsize, x.device, ctx.bn_batch)
+        plan = _plan(x.shape, x.itemsize, x.device, ctx.bn_batch)
         given = [_channels_last(g) for g in (grads[0], *grads[3:]) if g is not None]
         if not given:
             return (None,) * 7

@@ -82,10 +82,10 @@ def test_sums_of_many_programs_are_combined_piece_by_piece(
     """32 programs share the rows, as on a GPU with few groups; the last one has fewer rows."""
     monkeypatch.setattr(batch_norm, "PROGRAMS_PER_SM", 4096)
     monkeypatch.setattr(batch_norm, "TOGETHER", together)
-    batch_norm._Plan.of.cache_clear()
+    batch_norm._plan.cache_clear()
     torch.manual_seed(3)
     inputs = [draw(8, 8, 31, 33), draw(8), draw(8), draw(8, 8, 31, 33)]
-    plan = batch_norm._Plan.of(inputs[0].shape, 4, inputs[0].device, 8)
+    plan = batch_norm._plan(inputs[0].shape, 4, inputs[0].device, 8)
     assert (plan.splits, plan.SPLITS) == (32, min(together, 32))
     assert plan.rows % plan.per_program, "the last has fewer"
 
@@ -96,23 +96,23 @@ def test_sums_of_many_programs_are_combined_piece_by_piece(
     try:
         check(by(batch_norm), by(reference), inputs)
     finally:
-        batch_norm._Plan.of.cache_clear()
+        batch_norm._plan.cache_clear()
 
 
 @pytest.mark.parametrize("sms", [108, 132, 148])
 def test_all_programs_of_a_launch_run_at_once(sms: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_norm, "COMPILED_FOR_SMS", sms)
-    batch_norm._Plan.of.cache_clear()
+    batch_norm._plan.cache_clear()
     for images, group in ((256, 32), (32, 32), (256, 256), (512, 32)):
         for channels, side in ((64, 112), (256, 56), (512, 28), (1024, 14), (2048, 7), (64, 56)):
-            plan = batch_norm._Plan.of(torch.Size((images, channels, side, side)), 2,
+            plan = batch_norm._plan(torch.Size((images, channels, side, side)), 2,
                                        torch.device("meta"), group)
             programs, slots = math.prod(plan.grid), batch_norm.PROGRAMS_PER_SM * sms
             assert programs <= slots or plan.splits == 1
             # With few groups there are enough all the same, where there are rows to share.
             tiles = -(-plan.rows // plan.ROWS) * plan.grid[1] * plan.groups
             assert programs >= min(slots, tiles) / 2
-    batch_norm._Plan.of.cache_clear()
+    batch_norm._plan.cache_clear()
 
 
 @pytest.mark.parametrize("readers", ["both", "the other alone"])
