@@ -111,8 +111,11 @@ class ShardReader:
 
     def locate(self, sample: int) -> tuple[Path, int]:
         """The shard that holds `sample`, and its number inside that shard."""
-        index = bisect.bisect_right(self.first_sample, sample) - 1
+        index = self._shard(sample)
         return self._files[index], sample - self.first_sample[index]
+
+    def _shard(self, sample: int) -> int:
+        return bisect.bisect_right(self.first_sample, sample) - 1
 
     def describe(self, sample: int) -> str:
         file, local = self.locate(sample)
@@ -139,7 +142,7 @@ class ShardReader:
         except DataError as error:
             if not passes(error):
                 raise
-        index = bisect.bisect_right(self.first_sample, sample) - 1
+        index = self._shard(sample)
         file = self._files[index]
         try:
             fresh = os.open(file, os.O_RDONLY | os.O_CLOEXEC)

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from launcher.job import TrainJob
+from launcher.journal.events import Process, record
 from launcher.supervise.incarnation import Place, log_to_stderr
 from launcher.supervise.supervisor import supervise
 from resnet_dist.config.load import config_from_dict, dump_config, load_frozen
@@ -48,6 +49,28 @@ def main(root: str, place: dict) -> None:
     log_to_stderr(place.get("node", 0))
     outcome = supervise(run, load_frozen(run.config), Place(**place), StandInJob(root).command(run))
     print(json.dumps([outcome.kind, outcome.cause]))
+
+
+def trained(root: Path, *, step: int = 120) -> RunPaths:
+    """A run directory as a running job leaves it."""
+    run, config = make_run(root, steps=1000)
+    record(run, "submitted", where="slurm", nodes=1, steps=config.steps, batch_size=64)
+    record(run, "queued", job="77")
+    record(run, "started", job="77", restart=0, where="slurm", nodes=["n1"], steps=config.steps,
+           batch_size=64, **Process.this().facts)
+    record(run, "attempt", attempt=1, step=0, reached=0, ranks=2, pids=[11, 12])
+    run.heartbeat(0).write_text(f"1 {step}\n")
+    checkpoint = run.checkpoint(100)
+    checkpoint.root.mkdir()
+    checkpoint.state.write_text("{}")
+    with open(run.metrics, "w") as file:
+        for at in range(20, step, 20):
+            file.write(json.dumps({"step": at, "kind": "train", "loss": 2.0 - at / 1000,
+                                   "images_per_s": 640.0}) + "\n")
+            if at == 40:
+                file.write(json.dumps({"step": at, "kind": "val", "top1": 51.5}) + "\n")
+        file.write('{"step": 999, "kind": "tra')
+    return run
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""jobs.jsonl, status, stop and resume, from files."""
+"""Status and watch, from files and from what SLURM says."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -17,137 +16,19 @@ import types
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from rich.console import Console
 
 from launcher.journal.events import (
     Process,
-    last_attempt,
     read_events,
     record,
-    redone_steps,
-    restarts_without_progress,
 )
 from launcher.slurm import scheduler
-from launcher.slurm.sbatch import sbatch_parameters
-from launcher.slurm.scheduler import JobFacts, Queued
-from launcher.submission.control import resume, stop
-from launcher.submission.submit import prepare, submit
-from launcher.supervise.incarnation import decide
-from launcher.supervise.workers import last_error
+from launcher.slurm.scheduler import Queued
 from launcher.watch.show import duration, show_status
 from launcher.watch.status import RunStatus, run_status, statuses, with_queue
-from resnet_dist.config.load import config_from_dict, load_frozen
-from resnet_dist.config.schema import ConfigError
 from resnet_dist.run.paths import RunPaths
-from tests.unit.launcher.stand_in import make_run
-
-
-def crash(checkpoint: int) -> dict:
-    return {"event": "crashed", "checkpoint": checkpoint}
-
-
-# -- events ----------------------------------------------------------------------------------------
-
-@given(st.lists(st.integers(0, 5), max_size=12))
-def test_restarts_are_counted_since_the_last_new_checkpoint(steps):
-    """Against the definition: the longest tail of crashes without a step above all before it."""
-    events = [crash(step) for step in steps]
-    expected, newest = 0, -1
-    for step in steps:
-        expected = 1 if step > newest else expected + 1
-        newest = max(newest, step)
-    assert restarts_without_progress(events) == expected
-    assert restarts_without_progress([*events, {"event": "submitted"}]) == 0
-
-
-def test_redone_steps_are_those_beyond_the_checkpoint():
-    events = [{"event": "attempt", "step": 0, "reached": 0},
-              {"event": "attempt", "step": 40, "reached": 78},
-              {"event": "attempt", "step": 90, "reached": 90},
-              {"event": "attempt", "step": 90, "reached": 95}]
-    assert redone_steps(events) == 38 + 0 + 5
-
-
-def test_a_torn_line_harms_neither_reader_nor_the_next_writer(tmp_path):
-    run, _ = make_run(tmp_path / "run")
-    record(run, "attempt", attempt=1)
-    with open(run.jobs, "a") as file:
-        file.write('{"event": "atte')
-    assert last_attempt(read_events(run)) == 1
-    record(run, "attempt", attempt=2)
-    assert [event["attempt"] for event in read_events(run)] == [1, 2]
-    assert run.jobs.stat().st_mode & 0o777 == 0o600
-
-
-def test_many_writers_never_mix_their_lines(tmp_path):
-    run, _ = make_run(tmp_path / "run")
-    code = ("import sys; from pathlib import Path; from launcher.journal.events import record; "
-            "from resnet_dist.run.paths import RunPaths\n"
-            "for n in range(50): record(RunPaths(Path(sys.argv[1])), 'x', n=n, pad='y' * 3000)")
-    writers = [subprocess.Popen([sys.executable, "-c", code, str(run.root)]) for _ in range(3)]
-    assert [writer.wait(60) for writer in writers] == [0, 0, 0]
-    lines = [line for line in run.jobs.read_text().splitlines() if line]
-    assert len(read_events(run)) == len(lines) == 150
-
-
-def test_a_process_is_never_taken_for_another_with_its_pid():
-    this = Process.this()
-    assert this.alive() is True
-    assert dataclasses.replace(this, began=this.began - 1).alive() is False
-    assert dataclasses.replace(this, boot="another").alive() is False
-    assert dataclasses.replace(this, host="elsewhere").alive() is None
-    child = subprocess.Popen(["true"])
-    time.sleep(0.2)  # now a zombie
-    began = int(Path(f"/proc/{child.pid}/stat").read_text().rsplit(")", 1)[1].split()[19])
-    assert dataclasses.replace(this, pid=child.pid, began=began).alive() is False
-    child.wait()
-
-
-@pytest.mark.parametrize(("lines", "expected"), [
-    (["Traceback", "ValueError: bad", "resource_tracker: leaked 3 objects"], "ValueError: bad"),
-    (["2026-01-02 03:04:05,678 rank 7: DataError: shard 3", ""], "DataError: shard 3"),
-    (["nothing special", ""], "nothing special"), ([], "")])
-def test_the_reason_is_the_last_line_that_names_an_error(lines, expected):
-    assert last_error(lines) == expected
-
-
-@pytest.mark.parametrize(("facts", "warned", "verdict"), [
-    (JobFacts("COMPLETING", 1, False), False, "requeued"),   # scontrol requeue, preemption
-    (JobFacts("COMPLETING", 0, False), False, "ended"),      # plain scancel
-    (JobFacts("COMPLETING", 0, False), True, "ended"),       # scancel while saving after USR2
-    (JobFacts("RUNNING", 0, True), False, "requeue"),        # GraceTime runs
-    (JobFacts("RUNNING", 0, False), False, "asked"),         # scancel --signal=TERM
-    (JobFacts("RUNNING", 0, False), True, "requeue"),        # USR2, then TERM
-    (None, False, "SLURM does not answer")])
-def test_sigterm_means_what_slurm_means_by_it(facts, warned, verdict):
-    found = decide(facts, 0, warned)
-    assert found == verdict if verdict.startswith("requeue") else found.startswith(verdict)
-
-
-# -- status ----------------------------------------------------------------------------------------
-
-def trained(root: Path, *, step: int = 120) -> RunPaths:
-    """A run directory as a running job leaves it."""
-    run, config = make_run(root, steps=1000)
-    record(run, "submitted", where="slurm", nodes=1, steps=config.steps, batch_size=64)
-    record(run, "queued", job="77")
-    record(run, "started", job="77", restart=0, where="slurm", nodes=["n1"], steps=config.steps,
-           batch_size=64, **Process.this().facts)
-    record(run, "attempt", attempt=1, step=0, reached=0, ranks=2, pids=[11, 12])
-    run.heartbeat(0).write_text(f"1 {step}\n")
-    checkpoint = run.checkpoint(100)
-    checkpoint.root.mkdir()
-    checkpoint.state.write_text("{}")
-    with open(run.metrics, "w") as file:
-        for at in range(20, step, 20):
-            file.write(json.dumps({"step": at, "kind": "train", "loss": 2.0 - at / 1000,
-                                   "images_per_s": 640.0}) + "\n")
-            if at == 40:
-                file.write(json.dumps({"step": at, "kind": "val", "top1": 51.5}) + "\n")
-        file.write('{"step": 999, "kind": "tra')
-    return run
+from tests.unit.launcher.stand_in import make_run, trained
 
 
 def test_status_reads_everything_from_files(tmp_path):
@@ -426,104 +307,3 @@ def test_json_is_one_object_a_run(tmp_path, monkeypatch):
     lines = [json.loads(line) for line in text.getvalue().splitlines()]
     assert sorted(line["name"] for line in lines) == ["a", "b"]
     assert "events" not in lines[0]
-
-
-# -- stop, resume, submit --------------------------------------------------------------------
-
-def test_stop_now_never_signals_a_recycled_pid(tmp_path):
-    run, config = make_run(tmp_path / "run")
-    bystander = subprocess.Popen(["sleep", "60"])
-    record(run, "submitted", where="local", nodes=1, steps=config.steps, batch_size=64)
-    facts = dataclasses.replace(Process.this(), pid=bystander.pid, began=1).facts
-    record(run, "started", job="1", where="local", nodes=["127.0.0.1"], **facts)
-    with pytest.raises(ConfigError, match="nothing to stop"):
-        stop(run, now=True)
-    assert bystander.poll() is None
-    bystander.send_signal(signal.SIGKILL)
-    bystander.wait()
-
-
-@pytest.mark.parametrize(("overrides", "message"), [
-    (["seed=3"], "seed = 3: defines the training"),
-    (["model=resnet18"], "model.name = resnet18: defines the training"),
-    (["stepz=3"], "stepz = 3: defines the training"),
-    (["launch.nodez=3"], "launch.nodez = 3: unknown key; did you mean 'nodes'"),
-    (["launch.ranks_per_node=7"], "= 7: must divide batch_size"),
-    (["steps=50"], "steps = 50: the run has finished step 60"),
-    ([], "steps = 60: the run has finished step 60; give it more, e.g. steps=66")])
-def test_resume_names_what_cannot_be(tmp_path, overrides, message):
-    run, config = make_run(tmp_path / "run")
-    record(run, "submitted", where="local", nodes=1, steps=config.steps, batch_size=64)
-    record(run, "finished", step=60, cause="")
-    run.checkpoint(60).root.mkdir()
-    run.checkpoint(60).state.write_text("{}")
-    before = run.config.read_text()
-    with pytest.raises(ConfigError) as refused:
-        resume(run, overrides, local=True)
-    assert message in str(refused.value)
-    assert run.config.read_text() == before
-
-
-def test_resume_refuses_a_run_that_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(scheduler, "have_slurm", lambda: False)
-    with pytest.raises(ConfigError, match=r"is running as job 77.*stop run"):
-        resume(trained(tmp_path / "run"), [], local=True)
-
-
-def test_the_submission_folder_is_private_and_foreign_ones_are_refused(tmp_path):
-    run, _ = make_run(tmp_path / "run")
-    run.submitit.mkdir(mode=0o777)
-    prepare(run)
-    assert run.submitit.stat().st_mode & 0o777 == 0o700
-    assert run.secret.stat().st_mode & 0o777 == 0o600
-    first = run.secret.read_text()
-    prepare(run)
-    assert run.secret.read_text() != first
-    if os.getuid() == 0:
-        os.chown(run.submitit, 12345, 12345)
-        with pytest.raises(ConfigError, match="belongs to uid 12345"):
-            prepare(run)
-
-
-def test_one_machine_has_one_node(tmp_path):
-    run, config = make_run(tmp_path / "run", nodes=2)
-    with pytest.raises(ConfigError, match=r"launch.nodes = 2.*set launch.nodes=1"):
-        submit(config, run, local=True)
-
-
-def test_sbatch_gets_cores_gpus_and_grace():
-    config = config_from_dict({"name": "x", "device": "cuda", "batch_size": 256, "bn_batch": 32,
-                               "launch": {"nodes": 2, "ranks_per_node": 4, "cpus_per_rank": 6,
-                                          "grace_s": 90, "setup": ["module load x"]}})
-    told = sbatch_parameters(config)
-    assert (told["nodes"], told["tasks_per_node"]) == (2, 1)
-    assert told["cpus_per_task"] == 24
-    assert told["slurm_additional_parameters"]["gpus-per-node"] == "4"
-    assert "--cpus-per-task=24" in told["slurm_srun_args"]
-    assert told["slurm_signal_delay_s"] == 90
-    assert told["slurm_setup"][-1] == "module load x"
-    assert told["slurm_additional_parameters"]["requeue"] is True
-    whole = sbatch_parameters(config_from_dict({"name": "x", "batch_size": 256}))
-    assert whole["slurm_additional_parameters"]["exclusive"] is True
-
-
-def test_a_local_job_outlives_its_submitter_and_a_bad_one_tells_why(tmp_path):
-    """The whole local path with the real job; the data set is missing, so it ends by itself."""
-    run, _ = make_run(tmp_path / "run", ranks=1, hang_s=200)
-    code = ("import sys; from pathlib import Path; from launcher.submission.submit import submit; "
-            "from resnet_dist.config.load import load_frozen; "
-            "from resnet_dist.run.paths import RunPaths; "
-            "run = RunPaths(Path(sys.argv[1])); submit(load_frozen(run.config), run, local=True)")
-    done = subprocess.run([sys.executable, "-c", code, str(run.root)], capture_output=True,
-                          text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    deadline = time.monotonic() + 150
-    while not (status := run_status(run)).over:
-        assert time.monotonic() < deadline, read_events(run)
-        time.sleep(0.1)
-    assert status.state == "failed"
-    assert "data.path" in status.cause
-    assert len([e for e in read_events(run) if e["event"] == "attempt"]) == 1
-    started = next(e for e in read_events(run) if e["event"] == "started")
-    assert os.getsid(0) != started["pid"]
-    assert load_frozen(run.config).steps == 60
