@@ -95,8 +95,8 @@ class Wire:
         return True
 
     def _ping(self) -> None:
-        while not self._closed.wait(PING_S):
-            with contextlib.suppress(Lost):  # `receive` will tell
+        with contextlib.suppress(Lost):  # `receive` will tell
+            while not self._closed.wait(PING_S):
                 self.send({"kind": "ping"})
 
     def _lines(self) -> Iterator[Message]:

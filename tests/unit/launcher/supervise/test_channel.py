@@ -105,6 +105,19 @@ def test_a_closed_connection_is_noticed_at_once():
         assert time.monotonic() - began < 0.5
 
 
+def test_no_thread_outlives_a_connection(monkeypatch):
+    """Hundreds of them, each asking for the interpreter's lock, have stopped a process for good."""
+    monkeypatch.setattr(channel, "PING_S", 0.05)
+    before = set(threading.enumerate())
+    with pair(), pair() as (leader, _node, _):
+        assert len(set(threading.enumerate()) - before) == 4
+        leader.close()
+    deadline = time.monotonic() + 5
+    while (left := set(threading.enumerate()) - before) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not left
+
+
 def test_a_side_that_is_busy_is_not_silent(monkeypatch):
     monkeypatch.setattr(channel, "SILENCE_S", 0.3)
     monkeypatch.setattr(channel, "PING_S", 0.05)
